@@ -1,0 +1,1 @@
+"""The contract of an analyzer and the loop that runs one."""

@@ -1,0 +1,1 @@
+"""The mathematics: tensors and callables in, tensors out; imports nothing else of dynprobe."""

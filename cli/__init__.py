@@ -1,0 +1,1 @@
+"""The command line: everything a user types, reads and sees."""

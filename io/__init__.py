@@ -1,0 +1,1 @@
+"""Files to plain objects and back: checkpoint sequences, models, data, reports."""

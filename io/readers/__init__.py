@@ -1,0 +1,1 @@
+"""A file here is a checkpoint format: `sniff()` and `open()`."""
