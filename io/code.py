@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.io.errors import InputError, UntrustedCode
-from dynprobe.io.manifest import shown
 from dynprobe.io.names import suggestion
+from dynprobe.io.spec import absolute, shown
 
 if TYPE_CHECKING:
-    from dynprobe.io.manifest import Spec
+    from dynprobe.io.spec import Spec
 
 
 def names_code(name: str) -> bool:
@@ -53,12 +52,16 @@ def resolve_callable(spec: Spec, *, trust: bool) -> Callable[..., Any]:
         raise InputError(
             f"{spec.name!r} names no callable.", "Write package.module:callable or path/to/file.py:callable."
         )
-    require_trust(spec, trust=trust, what=f"import {_describe(module_name)} and call {attribute}({_call(spec)})")
+    require_trust(
+        spec, trust=trust, what=f"import {_describe(module_name)} and call {attribute}({_call(spec)})"
+    )
     module = _load(module_name)
     try:
         found = getattr(module, attribute)
     except AttributeError:
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        public = [
+            name for name, value in vars(module).items() if callable(value) and not name.startswith("_")
+        ]
         raise InputError(
             f"{_describe(module_name)} has no {attribute!r}.", suggestion(attribute, public)
         ) from None
@@ -118,7 +121,7 @@ def _load(module_name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if not path.is_file():
         raise InputError(f"{shown(path)}: no such file.")
     # One module object per file, so that two names from it share their classes.

@@ -11,15 +11,28 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynprobe.io.errors import BadManifest, InputError
+from dynprobe.io.errors import BadManifest
 from dynprobe.io.names import nearest, suggestion
+from dynprobe.io.spec import COMMAND_LINE, Spec, absolute, merge_spec, parse_args, shown
+
+__all__ = [
+    "COMMAND_LINE",
+    "EXAMPLE",
+    "FILE_NAME",
+    "Manifest",
+    "Spec",
+    "find_manifest",
+    "merge_spec",
+    "parse_args",
+    "read_manifest",
+    "shown",
+]
 
 FILE_NAME = "dynprobe.toml"
-COMMAND_LINE = "command line"
 
 EXAMPLE = """\
 [model]
@@ -59,26 +72,6 @@ _TRAINING_ALIASES = {
 }
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A model, data set or loss by name, and who named it.
-
-    Args:
-        name: For example `builtin:cnn`, `sklearn:digits`, `package.module:callable`, a file.
-        args: Keyword arguments for it.
-        origin: `"command line"`, or the path of the manifest that says so. Only the command line is trusted.
-    """
-
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-    origin: str = COMMAND_LINE
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the user typed it, so that naming code is their own decision."""
-        return self.origin == COMMAND_LINE
-
-
 @dataclass
 class Manifest:
     """What a `dynprobe.toml` says; all empty when there is none (`path` is None)."""
@@ -105,7 +98,7 @@ def find_manifest(run: Path) -> Manifest:
     Raises:
         BadManifest: A `dynprobe.toml` is there but is not what it should be.
     """
-    folder = Path(os.path.abspath(run))
+    folder = absolute(run)
     for parent in (folder, *folder.parents):
         path = parent / FILE_NAME
         if path.is_file():
@@ -131,7 +124,8 @@ def read_manifest(path: Path) -> Manifest:
             raise BadManifest(f"{shown(path)}: unknown table [{name}].", suggestion(name, _TABLES))
         if not isinstance(table, dict):
             raise BadManifest(
-                f"{shown(path)}: {name!r} is a value, but must be a table.", f"Write [{name}] on its own line."
+                f"{shown(path)}: {name!r} is a value, but must be a table.",
+                f"Write [{name}] on its own line.",
             )
     specs = {name: _spec(path, name, document[name]) for name in _SPEC_KEYS if name in document}
     return Manifest(
@@ -157,8 +151,6 @@ def _spec(path: Path, table: str, content: dict[str, Any]) -> Spec:
 
 def _anchored(name: str, folder: Path) -> str:
     """`name`, made absolute if it is a file (or `file.py:callable`, or `hf:folder`) below `folder`."""
-    if name == "hf":
-        return f"hf:{folder}"
     scheme, colon, rest = name.partition(":")
     if scheme == "hf":
         return f"hf:{os.path.normpath(folder / rest)}"
@@ -171,7 +163,7 @@ def _anchored(name: str, folder: Path) -> str:
 
 
 def _training(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Facts about the training: known ones checked, others kept unless they look like a misspelt known one."""
+    """Facts about the training: known ones are checked, others kept unless they look misspelt."""
     for key, value in content.items():
         if key in _TRAINING_FACTS:
             _check_type(path, "training", key, value, _TRAINING_FACTS[key])
@@ -180,7 +172,9 @@ def _training(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             continue
         meant = _TRAINING_ALIASES.get(key) or nearest(key, _TRAINING_FACTS, cutoff=0.8)
         if meant:
-            raise BadManifest(f"{shown(path)}: [training] has the unknown key {key!r}.", f"Did you mean {meant!r}?")
+            raise BadManifest(
+                f"{shown(path)}: [training] has the unknown key {key!r}.", f"Did you mean {meant!r}?"
+            )
     return content
 
 
@@ -220,7 +214,13 @@ def _check_keys(path: Path, table: str, content: Mapping[str, Any], known: Itera
             )
 
 
-_TYPE_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false", dict: "a table"}
+_TYPE_NAMES = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+}
 
 
 def _check_type(path: Path, table: str, key: str, value: object, wanted: type | tuple[type, ...]) -> None:
@@ -236,64 +236,8 @@ def _example(table: str) -> str:
     """The lines of EXAMPLE for one table."""
     name = "data" if table == "test_data" else table
     lines = re.split(r"(?m)^(?=\[)", EXAMPLE)
-    return next(part for part in lines if part.startswith(f"[{name}]")).replace(f"[{name}]", f"[{table}]").strip()
-
-
-def shown(path: Path | str) -> str:
-    """A path as a message shows it: relative if it lies below the current folder."""
-    absolute = Path(os.path.abspath(path))
-    try:
-        return str(absolute.relative_to(Path.cwd()))
-    except ValueError:
-        return str(absolute)
-
-
-def parse_args(options: Iterable[str], option: str = "--model-arg") -> dict[str, Any]:
-    """The `k=v` values of a repeated option, as keyword arguments.
-
-    Values are read as TOML (whole numbers, decimals, true/false, lists, quoted text); what is not TOML is
-    text, so `split=train` needs no quotes.
-
-    Raises:
-        InputError: A value has no `=` or no name before it.
-    """
-    parsed: dict[str, Any] = {}
-    for text in options:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise InputError(f"{option} {text!r} is not of the form NAME=VALUE.", f"For example {option} width=16.")
-        parsed[key] = _literal(value.strip())
-    return parsed
-
-
-def _literal(text: str) -> Any:
-    """One TOML value, or the text itself."""
-    python_words = {"True": True, "False": False}
-    if text in python_words:
-        return python_words[text]
-    try:
-        document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    value = document["value"]
-    # More keys: a line break in the text made a second line of TOML. Dates are of no use to a model.
-    plain = isinstance(value, (str, int, float, bool, list, dict))
-    return value if len(document) == 1 and plain else text
-
-
-def merge_spec(typed: str | None, typed_args: Mapping[str, Any], manifest: Spec | None, option: str) -> Spec | None:
-    """What the user typed over what the manifest says.
-
-    A typed name replaces the manifest's together with its arguments, unless it is the same name; typed
-    arguments alone are laid over the manifest's, which remains the manifest's choice (and as untrusted).
-
-    Raises:
-        InputError: Arguments were typed, but nothing says what they are for.
-    """
-    if typed is None:
-        if manifest is None and typed_args:
-            raise InputError(f"{option}-arg was given, but no {option} and no manifest says what it is for.")
-        return replace(manifest, args={**manifest.args, **typed_args}) if manifest else None
-    kept = manifest.args if manifest and manifest.name == typed else {}
-    return Spec(typed, {**kept, **typed_args}, COMMAND_LINE)
+    return (
+        next(part for part in lines if part.startswith(f"[{name}]"))
+        .replace(f"[{name}]", f"[{table}]")
+        .strip()
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -126,6 +126,7 @@ class Declaration:
         summary: `summary(result) -> {name: value}`, run-level numbers.
         summary_returns: Their declarations.
         cost: `cost(options, n_checkpoints) -> {"forwards": …}` per piece, for `--dry-run`.
+        reads: `reads(options)`, the other checkpoints a measurement depends on.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Declaration:
     summary: Callable[[Result], Mapping[str, Any]] | None = None
     summary_returns: Mapping[str, Var] = field(default_factory=dict)
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None
+    reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
 
     @property
     def group(self) -> str:
@@ -186,6 +188,7 @@ def analyzer(
     summary: Callable[[Result], Mapping[str, Any]] | None = None,
     summary_returns: Mapping[str, Var] | None = None,
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None,
+    reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
 ) -> Callable[[Function], Function]:
     """Declare a plain function to be an analyzer; it stays the plain function.
 
@@ -196,17 +199,25 @@ def analyzer(
         summary: Adds run-level numbers after stacking, from the results of one run.
         summary_returns: Their declarations.
         cost: Work per piece, for `--dry-run`: `cost(options, n_checkpoints)` gives counts by name.
+        reads: For an analyzer that asks for `run`: what else it looks at under these options, as
+            `run.state` takes it (`"all"`, `"last"`, a step, a path); part of the key for resuming.
 
     Raises:
         DeclarationError: At import, if the declaration cannot be followed.
     """
 
     def declare(function: Function) -> Function:
-        setattr(
+        declaration = _declaration(
             function,
-            MARKER,
-            _declaration(function, returns, figure, name, summary, summary_returns or {}, cost),
+            name,
+            returns,
+            figure=figure,
+            summary=summary,
+            summary_returns=dict(summary_returns or {}),
+            cost=cost,
+            reads=reads,
         )
+        setattr(function, MARKER, declaration)
         return function
 
     return declare
@@ -228,13 +239,7 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
 
 
 def _declaration(
-    function: Callable[..., Any],
-    returns: Mapping[str, Var],
-    figure: Figure | None,
-    name: str,
-    summary: Any,
-    summary_returns: Mapping[str, Var],
-    cost: Any,
+    function: Callable[..., Any], name: str, returns: Mapping[str, Var], **extras: Any
 ) -> Declaration:
     title = name or function.__name__.replace("_", "-")
     description, arguments = _docstring(function, title)
@@ -253,18 +258,15 @@ def _declaration(
     _check_returns(title, returns, grain)
     line = description.split("\n")[0]
     return Declaration(
-        title,
-        function,
-        line,
-        description,
-        tuple(needs),
-        grain,
-        tuple(options),
-        dict(returns),
-        figure,
-        summary,
-        dict(summary_returns),
-        cost,
+        name=title,
+        function=function,
+        line=line,
+        description=description,
+        needs=tuple(needs),
+        grain=grain,
+        options=tuple(options),
+        returns=dict(returns),
+        **extras,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 Index = Mapping[str, Any]
 
-OK, NOT_CONVERGED, FAILED = "ok", "not converged", "failed"
+OK, INCOMPLETE, NOT_CONVERGED, FAILED = "ok", "incomplete", "not converged", "failed"
 
 LEAD = {"checkpoint": "checkpoint", "pair": "pair", "run": "run", "group": ""}
 """The leading dimension of a stacked variable, by the grain of its analyzer."""
@@ -65,7 +65,7 @@ class Piece:
         key: Content key; equal keys mean the same analyzer, options, code, checkpoint and data.
         index: Labels along the leading dimension (`run`, `step`, `path`, …).
         arrays: Variables and coordinates by name, without the leading dimension.
-        status: `ok`, `not converged` or `failed`.
+        status: `ok`, `incomplete` (a run measured without its broken checkpoints), `not converged`, `failed`.
         reason: Why it is not `ok`; empty otherwise.
         seconds: Wall-clock seconds spent on it.
         spent: Forwards, Hessian-vector products, … by name.
@@ -228,7 +228,7 @@ def _index_arrays(pieces: Sequence[Piece], lead: str) -> dict[str, Array]:
     arrays = {}
     for name in dict.fromkeys(n for p in pieces for n in p.index):
         arrays[name] = column((p.index.get(name, "") for p in pieces), name.replace("_", " "))
-    arrays["status"] = column((p.status for p in pieces), "ok, not converged or failed")
+    arrays["status"] = column((p.status for p in pieces), "ok, incomplete, not converged or failed")
     arrays["reason"] = column((p.reason for p in pieces), "why it is not ok")
     arrays["seconds"] = column((p.seconds for p in pieces), "wall-clock time", "s")
     arrays["key"] = column((p.key for p in pieces), "content key of the piece")

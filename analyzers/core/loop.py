@@ -1,0 +1,351 @@
+"""Walks checkpoints, pairs, runs or groups and yields finished pieces; a bad one never stops the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from dynprobe.analyzers.core.contract import Declaration, DeclarationError, Measurement, labelled
+from dynprobe.analyzers.core.registry import source_files
+from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, NOT_CONVERGED, OK, Array, Piece, tidy
+from dynprobe.analyzers.core.workspace import Run, Workspace
+
+log = logging.getLogger("dynprobe")
+
+Progress = Callable[[int, int, str], None]
+
+
+class Partial(Protocol):
+    """Keeps parts of an unfinished piece, so that a kill loses at most the part in hand."""
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """A part stored before, or None."""
+        ...
+
+    def put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store a part."""
+        ...
+
+
+class Store(Protocol):
+    """Where finished pieces go; `dynprobe.io.report.PieceStore` is one."""
+
+    def get(self, key: str) -> Piece | None:
+        """A finished piece with this key, or None."""
+        ...
+
+    def put(self, piece: Piece) -> None:
+        """Keep a finished piece."""
+        ...
+
+    def partial(self, key: str) -> Partial:
+        """The store for parts of the piece with this key."""
+        ...
+
+
+class MemoryStore:
+    """Pieces and parts in memory: nothing survives the process, nothing is written."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, Piece] = {}
+
+    def get(self, key: str) -> Piece | None:
+        """A piece finished earlier in this process, or None."""
+        return self._pieces.get(key)
+
+    def put(self, piece: Piece) -> None:
+        """Keep a finished piece."""
+        self._pieces[piece.key] = piece
+
+    def partial(self, key: str) -> Partial:
+        """A store for parts that forgets them with the piece."""
+        del key
+        return _MemoryPartial()
+
+
+class _MemoryPartial:
+    def __init__(self) -> None:
+        self._parts: dict[str, dict[str, np.ndarray]] = {}
+
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        return self._parts.get(name)
+
+    def put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        self._parts[name] = dict(arrays)
+
+
+@dataclass
+class Unit:
+    """One piece to be measured.
+
+    Args:
+        index: Its labels along the leading dimension.
+        workspaces: Its checkpoints, one, two or all of a run.
+        runs: The runs of a group.
+        problem: Why it cannot be measured, found before any compute; empty if it can.
+    """
+
+    index: dict[str, Any]
+    workspaces: list[Workspace]
+    runs: Sequence[Run] = ()
+    problem: str = ""
+
+
+@dataclass
+class Job:
+    """What all units of one call share.
+
+    Args:
+        declaration: The analyzer.
+        options: Its keyword options.
+        progress: Called with `(done, total, what)` inside a piece.
+        fresh: Measure again even where a finished piece is stored.
+    """
+
+    declaration: Declaration
+    options: Mapping[str, Any]
+    progress: Progress = lambda _done, _total, _what: None
+    fresh: bool = False
+
+
+def checkpoint_units(run: Run, chosen: Sequence[Any]) -> list[Unit]:
+    """One unit per chosen checkpoint of a run."""
+    return [Unit({"run": run.name, "step": c.step, "path": str(c.path)}, [Workspace(c, run)]) for c in chosen]
+
+
+def run_unit(run: Run, chosen: Sequence[Any]) -> Unit:
+    """One unit for a whole run."""
+    return Unit({"run": run.name}, _shelved((run, chosen)), [run])
+
+
+def pair_unit(run_a: Run, a: Any, run_b: Run, b: Any) -> Unit:
+    """One unit for two checkpoints, of one run or of two."""
+    index = {
+        "run_a": run_a.name,
+        "step_a": a.step,
+        "path_a": str(a.path),
+        "run_b": run_b.name,
+        "step_b": b.step,
+        "path_b": str(b.path),
+    }
+    return Unit(index, [Workspace(a, run_a, "a"), Workspace(b, run_b, "b")])
+
+
+def group_unit(runs: Sequence[Run]) -> Unit:
+    """One unit for several runs together."""
+    names = " ".join(run.name for run in runs)
+    return Unit({"runs": names}, _shelved(*((run, run.checkpoints) for run in runs)), runs)
+
+
+def _shelved(*chosen: tuple[Run, Sequence[Any]]) -> list[Workspace]:
+    shelf: list[Workspace] = []
+    shelf += [Workspace(c, run, shelf=shelf) for run, checkpoints in chosen for c in checkpoints]
+    return shelf
+
+
+def piece_key(job: Job, unit: Unit) -> str:
+    """Content key of a unit: analyzer, options, code, data and checkpoints, nothing about the machine.
+
+    Cost: reads every checkpoint of the unit.
+    """
+    runs = list({id(w.run): w.run for w in unit.workspaces}.values())
+    others = job.declaration.reads(job.options) if job.declaration.reads else ()
+    hashes = [w.hash for w in unit.workspaces]
+    for which in others:
+        for run in runs:
+            names: list[int | str] = list(range(len(run))) if which == "all" else [which]
+            hashes += [run.resolve(name).load().hash for name in names]
+    facts = [dict(run.setup.facts(job.declaration.needs)) for run in runs]
+    payload = [job.declaration.name, dict(job.options), _code(job.declaration), facts, hashes]
+    return hashlib.blake2b(
+        json.dumps(payload, sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
+
+
+_CODE: dict[str, str] = {}
+
+
+def _code(declaration: Declaration) -> str:
+    if declaration.name not in _CODE:
+        digest = hashlib.blake2b(digest_size=16)
+        for path in source_files(declaration):
+            digest.update(path.read_bytes())
+        _CODE[declaration.name] = digest.hexdigest()
+    return _CODE[declaration.name]
+
+
+def measure(job: Job, units: Iterable[Unit], store: Store) -> Iterator[tuple[Piece, bool]]:
+    """Measure units in order; the next one's checkpoints load while one is measured.
+
+    Yields:
+        `(piece, stored)` for each unit; `stored` is true where it was found finished. A failed piece
+        is yielded like any other and is not stored, so that a second call tries it again.
+
+    Raises:
+        DeclarationError: If the analyzer breaks its own declaration: no piece could ever be right.
+    """
+    previous: tuple[str, Measurement] | None = None
+    with ThreadPoolExecutor(1, "dynprobe-load") as pool:
+        todo = list(units)
+        ahead: Future[Any] | None = None
+        for position, unit in enumerate(todo):
+            if ahead is not None:
+                ahead.result()
+            following = todo[position + 1] if position + 1 < len(todo) else None
+            _prefetch(unit)
+            ahead = pool.submit(_prefetch, following) if following else None
+            run = unit.workspaces[0].run.name
+            piece, found = _one(job, unit, store, previous[1] if previous and previous[0] == run else None)
+            for workspace in unit.workspaces:
+                workspace.release()
+            previous = (run, _as_measurement(piece)) if piece.status != FAILED else previous
+            yield piece, found
+
+
+def _prefetch(unit: Unit) -> None:
+    """Read a unit's checkpoint; an error is left for `_one` to meet and report."""
+    if unit.problem or len(unit.workspaces) > 2:
+        return
+    for workspace in unit.workspaces:
+        try:
+            _ = workspace.loaded
+        except Exception as error:
+            log.debug("%s: %s", workspace.path, error)
+
+
+def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tuple[Piece, bool]:
+    start = time.perf_counter()
+    notes: list[str] = []
+
+    def failed(reason: str, key: str = "") -> tuple[Piece, bool]:
+        return Piece(
+            key,
+            unit.index,
+            status=FAILED,
+            reason=reason,
+            seconds=time.perf_counter() - start,
+            notes=tuple(notes),
+        ), False
+
+    key = ""
+    try:
+        if unit.problem:
+            return failed(unit.problem)
+        left_out = _leave_out_broken(unit)
+        key = piece_key(job, unit)
+        if not job.fresh and (known := store.get(key)) is not None:
+            return replace(known, index={**known.index, **unit.index}), True
+        returned = job.declaration.function(*_arguments(job, unit, store, key, previous), **job.options)
+    except DeclarationError:
+        raise
+    except Exception as error:
+        log.debug("%s", unit.index, exc_info=True)
+        return failed(_sentence(error), key)
+    finally:
+        notes += [n for w in unit.workspaces for n in w.notes]
+    measurement = returned if isinstance(returned, Measurement) else Measurement(returned)
+    arrays = labelled(job.declaration, measurement) | _checkpoint_labels(job.declaration, unit)
+    piece = Piece(
+        key,
+        {**unit.index, **{f"hash{w.slot and '_' + w.slot}": h for w, h in _hashes(unit)}},
+        arrays,
+        INCOMPLETE if left_out else OK if measurement.converged else NOT_CONVERGED,
+        "; ".join([*left_out, measurement.reason] if measurement.reason else left_out),
+        time.perf_counter() - start,
+        measurement.spent,
+        tuple(dict.fromkeys([*notes, *measurement.notes])),
+    )
+    store.put(piece)
+    return piece, False
+
+
+def _leave_out_broken(unit: Unit) -> list[str]:
+    """Drop the checkpoints of a run or group that cannot be read or hold NaN; say which and why.
+
+    Raises:
+        Exception: What is wrong, where nothing is left to measure (or one of a pair is broken).
+    """
+    reasons, whole = [], []
+    for workspace in unit.workspaces:
+        try:
+            if bad := workspace.non_finite():
+                raise BrokenWeights(f"{workspace.path}: {bad}")
+            whole.append(workspace)
+        except Exception as error:
+            if not unit.runs or (workspace is unit.workspaces[-1] and not whole):
+                raise
+            reasons.append(f"left out {_sentence(error)}")
+    unit.workspaces[:] = whole
+    return reasons
+
+
+class BrokenWeights(ValueError):
+    """A checkpoint holds NaN or infinity; `tip` marks it as a message for the user."""
+
+    tip = "the run had diverged when it was saved; `dynprobe check` lists all such checkpoints"
+
+
+def _hashes(unit: Unit) -> list[tuple[Workspace, str]]:
+    return [(w, w.hash) for w in unit.workspaces] if len(unit.workspaces) <= 2 and not unit.runs else []
+
+
+def _checkpoint_labels(declaration: Declaration, unit: Unit) -> dict[str, Array]:
+    """Step and file along `checkpoint`, for an analyzer of whole runs."""
+    dims = {d for var in declaration.returns.values() for d in var.dims}
+    if declaration.grain != "run" or "checkpoint" not in dims:
+        return {}
+    columns: dict[str, tuple[list[Any], str]] = {
+        "step": ([w.step for w in unit.workspaces], "step"),
+        "path": ([w.path for w in unit.workspaces], "path"),
+        "checkpoint_run": ([w.run.name for w in unit.workspaces], "run of the checkpoint"),
+    }
+    return {n: Array(("checkpoint",), tidy(values), "", text) for n, (values, text) in columns.items()}
+
+
+def _arguments(job: Job, unit: Unit, store: Store, key: str, previous: Measurement | None) -> list[Any]:
+    first = unit.workspaces[0]
+    shared = {
+        "previous": lambda: previous,
+        "training": lambda: first.run.setup.training,
+        "groups": lambda: first.run.setup.groups,
+        "run": lambda: first.run,
+        "partial": lambda: store.partial(key),
+        "progress": lambda: job.progress,
+        "batches": lambda: first.run.setup.batches,
+        "test_batches": lambda: first.run.setup.test_batches,
+        "loss": lambda: first.run.setup.loss,
+        "checkpoints": lambda: unit.workspaces,
+        "runs": lambda: unit.runs,
+    }
+
+    def value(need: str) -> Any:
+        if need in shared:
+            return cast("Any", shared[need])()
+        workspace, name = first, need
+        if need[-2:] in ("_a", "_b"):
+            workspace, name = unit.workspaces[need.endswith("_b")], need[:-2]
+        return workspace.run.setup.batches if name == "batches" else getattr(workspace, name)
+
+    return [value(need) for need in job.declaration.needs]
+
+
+def _as_measurement(piece: Piece) -> Measurement:
+    return Measurement(
+        {n: a.values for n, a in piece.arrays.items()},
+        converged=piece.status == OK,
+        reason=piece.reason,
+        spent=piece.spent,
+    )
+
+
+def _sentence(error: Exception) -> str:
+    message = str(error).strip() or "no message"
+    return message if hasattr(error, "tip") else f"{type(error).__name__}: {message}"

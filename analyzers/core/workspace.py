@@ -1,0 +1,223 @@
+"""One checkpoint with its model, data and loss, each made only when an analyzer asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+State = dict[str, "Tensor"]
+
+
+class Loaded(Protocol):
+    """What a checkpoint gives when it is read."""
+
+    state: State
+    notes: list[str]
+    hash: str
+
+
+class CheckpointLike(Protocol):
+    """What a workspace needs of a checkpoint; `dynprobe.io.checkpoints.Checkpoint` is one."""
+
+    path: Path
+    run: str
+    step: int | float | None
+
+    def load(self) -> Loaded:
+        """Read the tensors, on the CPU."""
+        ...
+
+
+@dataclass
+class Setup:
+    """What the checkpoints of a run share. Everything is made once, on first use.
+
+    Args:
+        make_model: Builds the module; raises a message for the user where nothing says how.
+        fit: `(model, state, where)` gives the state under the model's own names, and notes.
+        make_batches: Loads the data.
+        make_test_batches: Loads the test data; returns None where there is none.
+        make_loss: Builds the loss.
+        open_other: Opens a checkpoint outside the run by its path.
+        device: Where models and data live.
+        dtype: Floating-point type of models and data.
+        facts: What decides the numbers beside the checkpoint: model, data hash, loss, dtype, as JSON-able
+            values; called with the names of the fields the analyzer asks for.
+        training: The manifest's `[training]`.
+        groups: The manifest's `[groups]`.
+    """
+
+    make_model: Callable[[], torch.nn.Module]
+    fit: Callable[[torch.nn.Module, State, str], tuple[State, list[str]]]
+    make_batches: Callable[[], Any]
+    make_test_batches: Callable[[], Any]
+    make_loss: Callable[[], Any]
+    open_other: Callable[[str], CheckpointLike]
+    device: Any
+    dtype: Any
+    facts: Callable[[Sequence[str]], Mapping[str, Any]] = lambda _needs: {}
+    training: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def batches(self) -> Any:
+        """The data, loaded once."""
+        return self.make_batches()
+
+    @cached_property
+    def test_batches(self) -> Any:
+        """The test data, loaded once, or None."""
+        return self.make_test_batches()
+
+    @cached_property
+    def loss(self) -> Any:
+        """The loss."""
+        return self.make_loss()
+
+    @cached_property
+    def _models(self) -> dict[str, torch.nn.Module]:
+        return {}
+
+    def model(self, slot: str = "") -> torch.nn.Module:
+        """The module of a slot (`""`, `"a"`, `"b"`), built once and refilled per checkpoint."""
+        if slot not in self._models:
+            self._models[slot] = self.make_model().to(device=self.device, dtype=self.dtype)
+        return self._models[slot]
+
+
+@dataclass
+class Run:
+    """The whole sequence a checkpoint belongs to: what the field `run` gives.
+
+    States are read when asked for and not kept: memory stays at one checkpoint.
+    """
+
+    name: str
+    checkpoints: Sequence[CheckpointLike]
+    setup: Setup
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def steps(self) -> list[int | float | None]:
+        """Steps of all checkpoints, in order."""
+        return [c.step for c in self.checkpoints]
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def resolve(self, which: int | str) -> CheckpointLike:
+        """The checkpoint that a position (int) or a word names: `first`, `last`, a step, a path.
+
+        Raises:
+            LookupError: If it names none; the message lists the run's steps.
+        """
+        if isinstance(which, int):
+            return self.checkpoints[which]
+        if which in ("first", "last"):
+            return self.checkpoints[0 if which == "first" else -1]
+        for checkpoint in self.checkpoints:
+            if checkpoint.step is not None and which == f"{checkpoint.step}":
+                return checkpoint
+        if Path(which).exists():
+            return self.setup.open_other(which)
+        steps = ", ".join(str(s) for s in self.steps)
+        raise LookupError(
+            f"{which!r} is no checkpoint of {self.name}: give first, last, a path, or a step of {steps}"
+        )
+
+    def state(self, which: int | str) -> State:
+        """The tensors of one checkpoint under the model's own names, on the CPU."""
+        checkpoint = self.resolve(which)
+        state = checkpoint.load().state
+        return self.setup.fit(self.setup.model(), state, str(checkpoint.path))[0]
+
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, remembered under `key` for the other checkpoints of this run."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+class Workspace:
+    """One checkpoint, lazily: `step`, `path`, `state`, `model`, and what its run shares.
+
+    Args:
+        checkpoint: The checkpoint.
+        run: Its run.
+        slot: Which of two models it fills, for analyzers of pairs.
+        shelf: Workspaces of which only the one last looked at keeps its tensors, itself included;
+            an analyzer of whole runs walks them with one checkpoint in memory.
+    """
+
+    def __init__(
+        self, checkpoint: CheckpointLike, run: Run, slot: str = "", shelf: list[Workspace] | None = None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.run = run
+        self.slot = slot
+        self.shelf = shelf
+        self.notes: list[str] = []
+        self._loaded: Loaded | None = None
+        self._hash = ""
+
+    @property
+    def step(self) -> int | float | None:
+        """The checkpoint's step."""
+        return self.checkpoint.step
+
+    @property
+    def path(self) -> str:
+        """The checkpoint's file, as found."""
+        return str(self.checkpoint.path)
+
+    @property
+    def loaded(self) -> Loaded:
+        """The checkpoint, read once and kept until `release`."""
+        if self._loaded is None:
+            for other in self.shelf or ():
+                other.release()
+            self._loaded = self.checkpoint.load()
+            self.notes += [note for note in self._loaded.notes if note not in self.notes]
+            self._hash = self._loaded.hash
+        return self._loaded
+
+    @property
+    def state(self) -> State:
+        """Its tensors by the names the file gives them, on the CPU."""
+        return self.loaded.state
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module filled with this checkpoint, in eval mode; shared with the run's other checkpoints."""
+        setup = self.run.setup
+        model = setup.model(self.slot)
+        state, notes = setup.fit(model, self.state, self.path)
+        model.load_state_dict(state)
+        model.eval()
+        self.notes += [note for note in notes if note not in self.notes]
+        return model
+
+    @property
+    def hash(self) -> str:
+        """Hash of the checkpoint's content, the same in every file format."""
+        return self._hash or self.loaded.hash
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self._loaded = None
+
+    def non_finite(self) -> str:
+        """A sentence naming the first tensor that holds NaN or infinity, or an empty string."""
+        for name, tensor in self.state.items():
+            if tensor.is_floating_point() or tensor.is_complex():
+                bad = int((~tensor.isfinite()).sum())
+                if bad:
+                    return f"{name!r} holds {bad} values that are NaN or infinite (of {tensor.numel()})"
+        return ""

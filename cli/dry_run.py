@@ -1,0 +1,100 @@
+"""`--dry-run`: what would be done, what is already there, what the rest would cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dynprobe.analyzers.core.loop import piece_key
+from dynprobe.analyzers.core.result import tidy
+from dynprobe.cli.run import open_store, report_path
+
+if TYPE_CHECKING:
+    from dynprobe.cli.request import Request
+    from dynprobe.cli.work import Plan
+
+
+def show_plan(request: Request, plan: Plan) -> None:
+    """Print the plan to stdout: every piece, whether it is stored, and the cost of those that are not."""
+    report = report_path(request, plan)
+    store = open_store(request, plan.declaration, report)
+    rows: list[dict[str, Any]] = []
+    for position in plan.mine:
+        unit = plan.units[position]
+        row = {name: value for name, value in unit.index.items() if not name.startswith("hash")}
+        if unit.problem:
+            row["plan"] = f"cannot: {unit.problem}"
+        elif not request.fresh and store.get(piece_key(plan.job, unit)) is not None:
+            row["plan"] = "stored"
+        else:
+            row["plan"] = "measure"
+        for workspace in unit.workspaces:
+            workspace.release()
+        rows.append(row)
+    to_do = sum(row["plan"] == "measure" for row in rows)
+    _show(request, rows, _cost(plan, to_do) | {"report": str(report)})
+
+
+def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
+    """Counts of work for the pieces to be measured, and the time it takes by one timed forward pass."""
+    cost: dict[str, Any] = {"pieces to measure": to_do}
+    if plan.declaration.cost is None or not to_do:
+        return cost
+    n_checkpoints = max(len(unit.workspaces) for unit in plan.units)
+    for name, count in plan.declaration.cost(plan.job.options, n_checkpoints).items():
+        cost[name] = count * to_do
+    if "forwards" in cost and plan.declaration.wants("batches"):
+        seconds = _seconds_per_forward(plan)
+        # A Hessian-vector product by double backward is about five forward passes (research: 5.1).
+        passes = cost["forwards"] + 5 * cost.get("hvps", 0)
+        cost["seconds per forward pass over the data"] = float(f"{seconds:.2g}")
+        cost["estimated seconds"] = float(f"{seconds * passes:.2g}")
+    return cost
+
+
+def _seconds_per_forward(plan: Plan) -> float:
+    import torch
+
+    setup = plan.prepared[0].run.setup
+    model, batches = setup.model().eval(), setup.batches
+    from dynprobe.analyzers.numerics.evaluate import call
+
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(2):  # the first pass also allocates
+            start = time.perf_counter()
+            for inputs, _ in batches:
+                call(model, inputs)
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize(setup.device)
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _show(request: Request, rows: list[dict[str, Any]], cost: dict[str, Any]) -> None:
+    if request.format == "json":
+        print(json.dumps({"plan": rows, "cost": cost}, indent=1, default=str))
+        return
+    names = list(dict.fromkeys(n for row in rows for n in row))
+    if request.format == "csv":
+        import csv
+        import sys
+
+        writer = csv.DictWriter(sys.stdout, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    out = Console(soft_wrap=True)
+    table = Table(title="What would be done", title_justify="left")
+    for name in names:
+        numeric = tidy([row.get(name) for row in rows]).dtype.kind in "if"
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in names))
+    out.print(table)
+    for name, value in cost.items():
+        out.print(f"{name}: {value}", highlight=False)

@@ -1,0 +1,202 @@
+"""Curves with bands: Lines, Bands, and landscapes along one direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynprobe.analyzers.core.contract import Bands, Lines
+from dynprobe.analyzers.core.result import Array, Result
+from dynprobe.cli import style
+from dynprobe.cli.figure_paint import Axis, Curve, Panel, paint_panels
+from dynprobe.cli.figure_panels import (
+    MAXIMAL_PANELS,
+    along,
+    chance_level,
+    number_or_nan,
+    piece_title,
+    require,
+    several_runs,
+    step_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPREAD = "seed"
+"""A dimension that is not drawn: its mean is the curve and its range the band."""
+
+Bounds = tuple[str, str] | None
+
+
+def draw_lines(result: Result, kind: Lines | Bands, figure: Figure) -> list[str]:
+    """Draw curves over the step or a coordinate; returns notes for the small print."""
+    names = (kind.y,) if isinstance(kind.y, str) else kind.y
+    bounds: dict[str, Bounds] = {}
+    if isinstance(kind, Bands):
+        bounds[kind.y] = (kind.low, kind.high)
+    for name in (*names, *(b for pair in bounds.values() if pair for b in pair)):
+        require(result, name)
+    axis = horizontal(result, kind.x, result.arrays[names[0]])
+    axis.log = _crowded(axis) or (isinstance(kind, Lines) and kind.log_x and bool(axis.values.max() > 0))
+    panels = _panels(result, names, axis, bounds)
+    for panel in panels:
+        panel.log_y = kind.log_y
+    if _belong_together(result, names, panels):
+        panels = [_merged(result, names, panels)]
+    paint_panels(figure, panels, axis, ordered=_ordered_curves(result, names[0], axis))
+    return [_band_note(result, name, bounds.get(name)) for name in names]
+
+
+def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, log_y: bool) -> list[str]:
+    """Draw a landscape along one direction: a panel for each variable, a colour for each checkpoint.
+
+    Args:
+        result: The measured landscape.
+        names: Variables to show; the first gives the quantity that `log_y` speaks of.
+        x: Name of the coordinate along the direction.
+        figure: Where to draw.
+        log_y: Whether the quantity is drawn on a logarithmic scale.
+    """
+    axis = horizontal(result, x, result.arrays[names[0]])
+    panels = _panels(result, names, axis, {})
+    for panel, name in zip(panels, names, strict=True):
+        panel.chance = chance_level(result, name)
+        panel.scale = name.removeprefix("test_")
+        panel.log_y = log_y and panel.scale == names[0]
+    ordered = _ordered_curves(result, names[0], axis)
+    paint_panels(figure, panels, axis, ordered=ordered, centre=bool(axis.values.min() <= 0 <= axis.values.max()))
+    return [_band_note(result, name, None) for name in names]
+
+
+def horizontal(result: Result, x: str, array: Array) -> Axis:
+    """The axis that a curve of `array` runs along: the named one, the step by default."""
+    for name in (x,) if x else ("step", "step_b", "step_a"):
+        found = result.arrays.get(name)
+        if found is None or len(found.dims) != 1 or found.dims[0] not in array.dims:
+            continue
+        values = np.array([number_or_nan(v) for v in found.values.tolist()])
+        if np.all(np.isfinite(values)):
+            is_step = name.startswith("step")
+            unit = str(np.atleast_1d(result["step_unit"])[0]) if "step_unit" in result else "step"
+            return Axis(found.dims[0], values, unit if is_step else style.label(found, name), is_step)
+    dim = x if x in array.dims else (array.dims[0] if array.dims else "")
+    size = array.values.shape[array.dims.index(dim)] if dim else 1
+    return Axis(dim, np.arange(size, dtype=float), dim)
+
+
+def _crowded(axis: Axis) -> bool:
+    """Whether steps were saved at growing intervals, so that a linear axis squeezes the first ones."""
+    steps = np.unique(axis.values)
+    if not axis.is_step or len(steps) < 5 or steps[0] < 0:
+        return False
+    return bool(steps[-1] - steps[0] > 20 * np.median(np.diff(steps)))
+
+
+def _ordered_curves(result: Result, name: str, axis: Axis) -> bool:
+    """Whether the curves are checkpoints, and so have an order."""
+    return bool(result.lead) and result.lead in result.arrays[name].dims and axis.dim != result.lead
+
+
+def _panels(
+    result: Result, names: Sequence[str], axis: Axis, bounds: Mapping[str, Bounds]
+) -> list[Panel]:
+    return [p for name in names for p in _panels_of(result, name, axis, bounds.get(name))]
+
+
+def _panels_of(result: Result, name: str, axis: Axis, bounds: Bounds) -> list[Panel]:
+    """The curves of one variable; a third dimension makes one panel for each of its labels."""
+    others = [d for d in result.arrays[name].dims if d not in (axis.dim, SPREAD)]
+    y, low, high = (_ordered(v, axis, others) for v in _with_band(result, name, bounds))
+    split = list(zip(others[1:], y.shape[1:-1], strict=True))
+    labels = _labels(result, others[0], y.shape[0]) if others else [""]
+    panels = []
+    for index in list(np.ndindex(*y.shape[1:-1]))[:MAXIMAL_PANELS]:
+        place = [f"{d} {_labels(result, d, n)[i]}" for (d, n), i in zip(split, index, strict=True)]
+        panel = Panel(", ".join(place), style.label(result.arrays[name], name), name)
+        for row, text in enumerate(labels):
+            at = (row, *index)
+            if np.any(~np.isnan(y[at])):
+                panel.curves += _by_run(result, axis, y[at], low[at], high[at], text)
+        panels.append(panel)
+    return panels
+
+
+def _with_band(result: Result, name: str, bounds: Bounds) -> tuple[Array, Array, Array]:
+    """The variable with its lower and upper edge; the edges are NaN where it has no error."""
+    array = result.arrays[name]
+    values = array.values.astype(float)
+    if bounds is not None:
+        low, high = (result[b].astype(float) for b in bounds)
+    elif array.error in result:
+        error = result[array.error].astype(float)
+        low, high = values - error, values + error
+    else:
+        low = high = np.full(values.shape, math.nan)
+    dims = array.dims
+    if SPREAD in dims:
+        seeds = dims.index(SPREAD)
+        low, high, values = values.min(seeds), values.max(seeds), values.mean(seeds)
+        dims = tuple(d for d in dims if d != SPREAD)
+    return Array(dims, values), Array(dims, low), Array(dims, high)
+
+
+def _ordered(array: Array, axis: Axis, others: Sequence[str]) -> np.ndarray:
+    """Values with the curves' dimension first and the horizontal one last."""
+    values = np.transpose(array.values, [array.dims.index(d) for d in (*others, axis.dim) if d])
+    values = values if axis.dim else values[..., None]
+    return values if others else values[None]
+
+
+def _labels(result: Result, dim: str, size: int) -> list[str]:
+    """What the entries of a dimension are called."""
+    if dim == result.lead:
+        return [piece_title(result, i) for i in range(result.n_pieces)]
+    labels = along(result, dim, dim, "step")
+    return [step_text(v) for v in labels.tolist()] if labels is not None else [str(i) for i in range(size)]
+
+
+def _by_run(
+    result: Result, axis: Axis, y: np.ndarray, low: np.ndarray, high: np.ndarray, text: str
+) -> list[Curve]:
+    """One curve, or one for each run when the points along the axis belong to several."""
+    runs = along(result, axis.dim, "run", "checkpoint_run", "run_b")
+    names = np.full(len(axis.values), "") if runs is None or not several_runs(result) else runs.astype(str)
+    curves = []
+    for run in dict.fromkeys(names.tolist()):
+        mine = np.flatnonzero(names == run)
+        mine = mine[np.argsort(axis.values[mine], kind="stable")]
+        curves.append(Curve(axis.values[mine], y[mine], low[mine], high[mine], text, run))
+    return curves
+
+
+def _belong_together(result: Result, names: Sequence[str], panels: Sequence[Panel]) -> bool:
+    """Whether the variables are plain curves in the same units, to be compared on one pair of axes."""
+    units = {result.arrays[n].units for n in names}
+    plain = all(len({c.colour for c in p.curves}) <= 1 for p in panels)
+    return len(panels) == len(names) > 1 and len(units) == 1 and plain
+
+
+def _merged(result: Result, names: Sequence[str], panels: Sequence[Panel]) -> Panel:
+    """Variables on one pair of axes, told apart by colour."""
+    for panel, name in zip(panels, names, strict=True):
+        for curve in panel.curves:
+            curve.colour = result.arrays[name].long_name or name.replace("_", " ")
+    units = result.arrays[names[0]].units
+    curves = [c for p in panels for c in p.curves]
+    return Panel("", "" if units in ("", "1") else units, names[0], curves, panels[0].log_y)
+
+
+def _band_note(result: Result, name: str, bounds: Bounds) -> str:
+    array = result.arrays[name]
+    if bounds is not None:
+        return f"band: {bounds[0]} to {bounds[1]}"
+    if SPREAD in array.dims:
+        return f"band of {name}: range over {array.values.shape[array.dims.index(SPREAD)]} seeds"
+    if array.error not in result:
+        return ""
+    error = result.arrays[array.error].long_name or array.error.replace("_", " ")
+    return f"band: ± {error[0].lower()}{error[1:]}"

@@ -1,0 +1,330 @@
+"""One call from start to end: plan, loop, report, table, figure, exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dynprobe.analyzers.core.contract import Declaration
+from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, Array, Piece, Result, stack
+from dynprobe.cli import errors
+from dynprobe.cli.progress import Bar
+from dynprobe.cli.setup import command_line
+from dynprobe.cli.work import Plan, Shelf, make_plan
+from dynprobe.io.errors import InputError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dynprobe.cli.request import Request
+
+
+def run(request: Request) -> int:
+    """Do what a request asks; returns the exit code.
+
+    Raises:
+        InputError: If nothing can be done (exit code 2).
+    """
+    level = logging.DEBUG if request.verbose else logging.ERROR if request.quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("dynprobe").setLevel(level)
+    for noisy in ("matplotlib", "PIL", "h5py", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    plan = make_plan(request)
+    if not request.quiet:
+        for prepared in plan.prepared:
+            for text in prepared.notes:
+                errors.note(f"{prepared.run.name}: {text}")
+    if request.dry_run:
+        from dynprobe.cli.dry_run import show_plan
+
+        show_plan(request, plan)
+        return errors.DONE
+    report = report_path(request, plan)
+    _check_outputs(request, plan, report)
+    pieces: dict[int, Piece] = {}
+    stopped: errors.Interrupted | None = None
+    try:
+        with signals_raise(), Bar(plan.declaration.name, len(plan.mine), quiet=request.quiet) as bar:
+            plan.job.progress = bar.part
+            for position, piece, stored in _measure(request, plan, report):
+                pieces[position] = piece
+                bar.piece_done(measured=not stored)
+                if piece.status == FAILED and not request.quiet:
+                    errors.warn(f"{_label(piece)}: {piece.reason}")
+    except errors.Interrupted as signalled:
+        stopped = signalled
+    with signals_wait():
+        return _finish(request, plan, report, [pieces[p] for p in sorted(pieces)], stopped)
+
+
+def _measure(request: Request, plan: Plan, report: Path) -> Iterator[tuple[int, Piece, bool]]:
+    if request.workers > 1 and len(plan.mine) > 1:
+        from dynprobe.cli.workers import measure_in_processes
+
+        indices = {p: plan.units[p].index for p in plan.mine}
+        yield from measure_in_processes(request, plan.mine, report, indices, request.workers)
+        return
+    from dynprobe.analyzers.core.loop import measure
+
+    store = open_store(request, plan.declaration, report)
+    pieces = measure(plan.job, [plan.units[p] for p in plan.mine], store)
+    for position, (piece, stored) in zip(plan.mine, pieces, strict=True):
+        yield position, piece, stored
+
+
+def open_store(request: Request, declaration: Declaration, report: Path) -> Shelf:
+    """The store of a call's pieces, with those of the report as it stands behind it."""
+    from dynprobe.io.report import PieceStore, result_pieces
+
+    earlier = result_pieces(report, declaration.group) if report.exists() and not request.fresh else {}
+    return Shelf(PieceStore(report, declaration.group), earlier)
+
+
+def report_path(request: Request, plan: Plan) -> Path:
+    """Where the report goes: as asked, or named after the run, here; a shard gets its own."""
+    names = {p.run.name for p in plan.prepared}
+    name = Path(next(iter(names))).name if len(names) == 1 else f"{len(names)}-runs"
+    path = Path(request.output or f"dynprobe-{name}.h5")
+    if request.shard:
+        index, _, count = request.shard.partition("/")
+        width = len(count)
+        path = path.with_name(f"{path.stem}.shard-{index.zfill(width)}-of-{count}{path.suffix}")
+    return path
+
+
+def figure_path(request: Request, plan: Plan, report: Path) -> Path | None:
+    """Where the figure goes, or None."""
+    if request.no_figure or plan.declaration.figure is None or (request.shard and not request.figure):
+        return None
+    return (
+        Path(request.figure)
+        if request.figure
+        else report.with_name(f"{report.stem}-{plan.declaration.name}.png")
+    )
+
+
+def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
+    """What would make the results unwritable is said before hours are spent on them."""
+    from dynprobe.io.report import check_writable, read_report
+
+    check_writable(report)
+    if figure := figure_path(request, plan, report):
+        from dynprobe.cli.figure import check_figure
+
+        check_figure(figure, plan.declaration, request.style)
+    if not report.exists() or request.fresh:
+        return
+    older = read_report(report).get(plan.declaration.group)
+    if older is None:
+        return
+    new = identity(request, plan)
+    changed = [k for k in new if older.attributes.get(k) != new[k]]
+    if changed:
+        what = "; ".join(f"{k} was {older.attributes.get(k)}, is now {new[k]}" for k in changed)
+        raise InputError(
+            f"{report} already holds a {plan.declaration.name} made otherwise ({what}).",
+            "Give another report with -o, or --fresh to replace those numbers.",
+        )
+
+
+def identity(request: Request, plan: Plan) -> dict[str, Any]:
+    """What must be equal for pieces to stand in one result: options, data, model, version."""
+    from dynprobe import __version__
+
+    facts = [dict(p.run.setup.facts(plan.declaration.needs)) for p in plan.prepared]
+    shared = facts[0] if all(f == facts[0] for f in facts) else {"of each run": facts}
+    return {
+        "options": dict(sorted(request.options.items())),
+        "measured_on": shared,
+        "dynprobe_version": __version__,
+    }
+
+
+def provenance(request: Request, plan: Plan) -> dict[str, Any]:
+    """Everything a reader needs to repeat the call, nothing that names a machine or a person."""
+    import torch
+
+    attributes = identity(request, plan) | {
+        "title": plan.declaration.line,
+        "command": command_line(sys.argv[1:]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch_version": torch.__version__,
+        "numpy_version": np.__version__,
+        "python_version": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": request.device,
+        "dtype": request.dtype,
+        "seed": request.seed,
+        "batch_size": request.batch_size,
+        "mode": "eval (dropout off, BatchNorm statistics frozen) unless an option above says otherwise",
+        "planned": len(plan.units),
+    }
+    if request.shard:
+        attributes["shard"] = request.shard
+    if plan.declaration.wants("batches"):
+        attributes |= _data_facts(plan)
+    return attributes
+
+
+def _data_facts(plan: Plan) -> dict[str, Any]:
+    """Sizes of the data, and the number of classes where targets are class labels."""
+    batches = plan.prepared[0].run.setup.batches
+    facts: dict[str, Any] = {
+        "n_samples": batches.n_samples,
+        "n_samples_of": batches.n_total,
+        "data": batches.source,
+    }
+    classes = 0
+    for _, targets in batches:
+        if not hasattr(targets, "is_floating_point") or targets.is_floating_point() or targets.ndim != 1:
+            return facts
+        classes = max(classes, int(targets.max()) + 1)
+    return facts | {"n_classes": classes}
+
+
+def _finish(
+    request: Request,
+    plan: Plan,
+    report: Path,
+    pieces: list[Piece],
+    stopped: errors.Interrupted | None,
+) -> int:
+    """Report, table and figure of what was measured; the exit code."""
+    if not pieces:
+        if stopped is None:
+            errors.note("nothing to do")
+            return errors.DONE
+        errors.warn("stopped before the first piece was finished; the same command resumes")
+        return stopped.exit_code
+    from dynprobe.cli.table import print_result
+    from dynprobe.io.report import PieceStore, write_result
+
+    declaration = plan.declaration
+    attributes = provenance(request, plan)
+    result = summarised(declaration, stack(declaration.name, declaration.grain, pieces, attributes))
+    kept = _kept_pieces(request, plan, report, pieces)
+    whole = result
+    if kept:
+        whole = summarised(declaration, stack(declaration.name, declaration.grain, kept, attributes))
+    write_result(report, whole)
+    failed = [p for p in pieces if p.status in (FAILED, INCOMPLETE)]
+    if not failed and not stopped:
+        PieceStore(report, declaration.group).clear()
+    try:
+        print_result(result, request.format, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough; the report is written. Python would complain at exit otherwise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    figure = figure_path(request, plan, report)
+    if figure is not None and len(failed) < len(pieces):
+        from dynprobe.cli.figure import draw
+
+        draw(result, declaration, figure, style=request.style)
+    if not request.quiet:
+        written = f"report: {report}" + (
+            f"   figure: {figure}" if figure and len(failed) < len(pieces) else ""
+        )
+        errors.note(written)
+    if stopped:
+        errors.warn(f"stopped after {len(pieces)} of {len(plan.mine)}; the same command resumes")
+        return stopped.exit_code
+    if failed:
+        errors.warn(f"{len(failed)} of {len(pieces)} failed:")
+        for piece in failed:
+            errors.warn(f"{_label(piece)}: {piece.reason}")
+        return errors.SOME_FAILED
+    return errors.DONE
+
+
+def summarised(declaration: Declaration, result: Result) -> Result:
+    """The result with its run-level numbers, computed on each run's pieces."""
+    if declaration.summary is None:
+        return result
+    runs = result["run"] if "run" in result else np.array([""])
+    names = list(dict.fromkeys(np.atleast_1d(runs).tolist()))
+    rows = [declaration.summary(result.select(runs == name) if result.lead else result) for name in names]
+    arrays = dict(result.arrays)
+    lead = ("summary_run",) if len(names) > 1 else ()
+    for name, var in declaration.summary_returns.items():
+        values = np.array([np.asarray(row[name]) for row in rows])
+        arrays[name] = Array(
+            (*lead, *var.dims), values if lead else values[0], var.units, var.long_name, var.error
+        )
+    if lead:
+        arrays["summary_run"] = Array(lead, np.array(names, dtype=object), "", "run")
+    return Result(result.analyzer, result.grain, arrays, result.attributes)
+
+
+def _kept_pieces(request: Request, plan: Plan, report: Path, pieces: list[Piece]) -> list[Piece]:
+    """This call's pieces among those that the report already holds for other checkpoints, in order."""
+    from dynprobe.io.report import result_pieces
+
+    if request.fresh or not report.exists() or plan.declaration.grain not in ("checkpoint", "pair"):
+        return []
+    new = {_label(p) for p in pieces}
+    old = [p for p in result_pieces(report, plan.declaration.group).values() if _label(p) not in new]
+    runs = list(dict.fromkeys([*(p.index.get("run") for p in old), *(p.index.get("run") for p in pieces)]))
+    if not old:
+        return []
+
+    def place(piece: Piece) -> tuple[Any, ...]:
+        step = piece.index.get("step", piece.index.get("step_a"))
+        return runs.index(piece.index.get("run")), step is None, step if isinstance(step, (int, float)) else 0
+
+    return sorted([*old, *pieces], key=place)
+
+
+def _label(piece: Piece) -> str:
+    paths = [str(v) for k, v in piece.index.items() if k.startswith("path")]
+    return " | ".join(paths) or str(piece.index.get("run", piece.index.get("runs", "")))
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGINT raise `Interrupted` where the program stands; a second one ends it at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise errors.Interrupted(number)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_wait(patience: float = 30.0) -> Iterator[None]:
+    """While results are written, one signal waits until they are; after `patience` seconds it acts."""
+    start = time.monotonic()
+    arrived: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        del frame
+        if arrived or time.monotonic() - start > patience:
+            raise errors.Interrupted(number)
+        arrived.append(number)
+
+    before = {s: signal.signal(s, later) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,266 @@
+"""From what the user typed and the manifest to runs whose model, data and loss can be made."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynprobe.analyzers.core.workspace import CheckpointLike, Run, Setup, State
+from dynprobe.io.errors import InputError
+from dynprobe.io.manifest import EXAMPLE, Manifest, Spec, find_manifest, merge_spec, parse_args
+
+if TYPE_CHECKING:
+    import torch
+
+    from dynprobe.cli.request import Request
+    from dynprobe.io.checkpoints import Checkpoint
+    from dynprobe.io.checkpoints import Sequence as Checkpoints
+    from dynprobe.io.data import Dataset
+
+
+@dataclass
+class PreparedRun:
+    """A run with what it needs, and its chosen checkpoints."""
+
+    run: Run
+    chosen: list[Checkpoint]
+    notes: list[str]
+    specs: Specs
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What the command line and the manifest together say about one run."""
+
+    where: str
+    manifest: Manifest
+    model: Spec | None
+    data: Spec | None
+    test_data: Spec | None
+    loss: Spec | None
+
+    @classmethod
+    def of(cls, request: Request, sequence: Checkpoints) -> Specs:
+        """Command line first, then the manifest, then what the format itself says."""
+        manifest = find_manifest(sequence.root)
+        model = merge_spec(request.model, parse_args(request.model_arg), manifest.model, "--model")
+        if model is None or model.name == "hf":
+            model = _from_config(sequence, model)
+        return cls(
+            sequence.name,
+            manifest,
+            model,
+            merge_spec(request.data, parse_args(request.data_arg, "--data-arg"), manifest.data, "--data"),
+            merge_spec(
+                request.test_data,
+                parse_args(request.test_data_arg, "--test-data-arg"),
+                manifest.test_data,
+                "--test-data",
+            ),
+            merge_spec(request.loss, {}, manifest.loss, "--loss"),
+        )
+
+    def need(self, kind: str, option: str) -> Spec:
+        """The spec of a kind.
+
+        Raises:
+            InputError: If nothing says it; shows the option and a manifest to copy.
+        """
+        spec: Spec | None = getattr(self, kind)
+        if spec is None:
+            what = {
+                "model": "how to build the model",
+                "data": "which data to measure on",
+                "loss": "which loss",
+            }[kind]
+            raise InputError(
+                f"{self.where}: a checkpoint does not say {what}, and there is no {option} and no "
+                "dynprobe.toml that does.",
+                f"Give {option}, or put a dynprobe.toml into the run folder "
+                f"(`dynprobe init` proposes one):\n{EXAMPLE}",
+            )
+        return spec
+
+
+def _from_config(sequence: Checkpoints, typed: Spec | None) -> Spec | None:
+    """A Hugging Face `config.json` beside the weights builds the model without being asked."""
+    for folder in (sequence.checkpoints[-1].path, sequence.root, sequence.checkpoints[-1].path.parent):
+        config = folder / "config.json"
+        if config.is_file():
+            args = {**(typed.args if typed else {})}
+            args.setdefault("config", str(config))
+            return Spec("hf", args, typed.origin if typed else str(config))
+    return typed
+
+
+def prepare(request: Request, shared: SharedData | None = None) -> list[PreparedRun]:
+    """Open the runs of a request and say how each one's model, data and loss are made; nothing is built yet.
+
+    Raises:
+        InputError: If a run or step does not exist, or an option cannot be parsed.
+    """
+    from dynprobe.io.checkpoints import open_runs
+
+    sequences = open_runs(request.runs, key=request.key, ema=request.ema, step_pattern=request.step_pattern)
+    shared = shared or SharedData(request)
+    prepared = []
+    for sequence in sequences:
+        specs = Specs.of(request, sequence)
+        run = Run(sequence.name, sequence.checkpoints, _setup(request, specs, shared))
+        prepared.append(PreparedRun(run, sequence.select(request.steps), list(sequence.notes), specs))
+    return prepared
+
+
+class SharedData:
+    """Data sets by specification: runs that use the same data load it once."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._datasets: dict[str, Dataset] = {}
+        self._batches: dict[str, Any] = {}
+
+    def dataset(self, spec: Spec) -> Dataset:
+        """The data of a specification, the seeded subset where one was asked for."""
+        from dynprobe.io.data import load_data
+
+        request = self._request
+        key = f"{spec.name} {sorted(spec.args.items())}"
+        if key not in self._datasets:
+            self._datasets[key] = load_data(
+                spec, trust=request.trust, samples=request.samples, seed=request.seed
+            )
+        return self._datasets[key]
+
+    def batches(self, spec: Spec) -> Any:
+        """The same as batches, on the requested device."""
+        key = f"{spec.name} {sorted(spec.args.items())}"
+        if key not in self._batches:
+            request = self._request
+            self._batches[key] = self.dataset(spec).batches(
+                request.batch_size, device=self.device, dtype=self.dtype
+            )
+        return self._batches[key]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The requested device.
+
+        Raises:
+            InputError: If this machine does not have it.
+        """
+        import torch
+
+        name = self._request.device
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(
+                f"--device {name}: {str(error).splitlines()[0]}",
+                "cpu works everywhere; cuda needs a CUDA build of torch.",
+            ) from error
+        return device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The requested floating-point type."""
+        import torch
+
+        found = getattr(torch, self._request.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+
+def _setup(request: Request, specs: Specs, shared: SharedData) -> Setup:
+    from dynprobe.io.models import build_model, fit_state
+
+    def model() -> torch.nn.Module:
+        return build_model(specs.need("model", "--model"), trust=request.trust)
+
+    def fit(module: torch.nn.Module, state: State, where: str) -> tuple[State, list[str]]:
+        return fit_state(module, state, where=where)
+
+    def batches() -> Any:
+        return shared.batches(specs.need("data", "--data"))
+
+    def test_batches() -> Any:
+        return shared.batches(specs.test_data) if specs.test_data else None
+
+    def loss() -> Any:
+        return make_loss(specs.need("loss", "--loss"), trust=request.trust)
+
+    def other(path: str) -> CheckpointLike:
+        from dynprobe.io.checkpoints import open_runs
+
+        found = open_runs([path], key=request.key, ema=request.ema, step_pattern=request.step_pattern)[0]
+        return found.checkpoints[-1]
+
+    def facts(needs: Sequence[str]) -> Mapping[str, Any]:
+        return _facts(request, specs, shared, needs)
+
+    return Setup(
+        make_model=model,
+        fit=fit,
+        make_batches=batches,
+        make_test_batches=test_batches,
+        make_loss=loss,
+        open_other=other,
+        device=shared.device,
+        dtype=shared.dtype,
+        facts=facts,
+        training=specs.manifest.training,
+        groups=specs.manifest.groups,
+    )
+
+
+def make_loss(spec: Spec, *, trust: bool) -> Any:
+    """The loss of a specification: one of the named ones, or the user's callable.
+
+    Raises:
+        InputError: If no loss has that name.
+    """
+    from dynprobe.analyzers.numerics.losses import as_loss, get_loss
+    from dynprobe.io.code import names_code, resolve_callable
+
+    if names_code(spec.name):
+        return as_loss(resolve_callable(spec, trust=trust))
+    try:
+        return get_loss(spec.name)
+    except (ValueError, LookupError) as error:
+        raise InputError(f"--loss {spec.name}: {error}".replace("'", "")) from error
+
+
+def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[str]) -> dict[str, Any]:
+    """What decides the numbers beside checkpoint and options; nothing that names a machine or a path."""
+    names = {need.removesuffix("_a").removesuffix("_b") for need in needs}
+    whole_run = bool(names & {"checkpoints", "runs"})
+    facts: dict[str, Any] = {}
+    if specs.model and ("model" in names or whole_run):
+        args = sorted((k, str(v)) for k, v in specs.model.args.items() if k != "config")
+        facts["model"] = f"{_name(specs.model)} {args}"
+        facts["dtype"] = request.dtype
+    if specs.data and "batches" in names:
+        facts["data"] = shared.dataset(specs.data).hash
+    if specs.test_data and "test_batches" in names:
+        facts["test_data"] = shared.dataset(specs.test_data).hash
+    if specs.loss and "loss" in names:
+        facts["loss"] = _name(specs.loss)
+    if "training" in names:
+        facts["training"] = dict(specs.manifest.training)
+    if "groups" in names:
+        facts["groups"] = dict(specs.manifest.groups)
+    return facts
+
+
+def _name(spec: Spec) -> str:
+    """A name without the folder that a file happens to lie in."""
+    return Path(spec.name).name if "/" in spec.name else spec.name
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """What was typed, as a shell would read it again."""
+    return shlex.join(["dynprobe", *argv])

@@ -1,0 +1,189 @@
+"""The plan of a call: its units of work, checked against the model before any compute."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynprobe.analyzers.core import registry
+from dynprobe.analyzers.core.contract import Declaration
+from dynprobe.analyzers.core.loop import Job, Unit, checkpoint_units, group_unit, pair_unit, run_unit
+from dynprobe.analyzers.core.result import Piece
+from dynprobe.cli.setup import PreparedRun, prepare
+from dynprobe.io.errors import InputError
+
+if TYPE_CHECKING:
+    from dynprobe.cli.request import Request
+    from dynprobe.io.report import PieceStore
+
+
+@dataclass
+class Plan:
+    """All units of a call, and which of them this process is to do.
+
+    Args:
+        declaration: The analyzer.
+        job: Its options, ready for the loop.
+        prepared: The runs.
+        units: Every unit, in order.
+        mine: Positions of the units of this shard.
+    """
+
+    declaration: Declaration
+    job: Job
+    prepared: list[PreparedRun]
+    units: list[Unit]
+    mine: list[int]
+
+
+def find_analyzer(name: str) -> Declaration:
+    """The declaration of `NAME`, or of `file.py:function`."""
+    path, _, attribute = name.rpartition(":")
+    if name.endswith(".py"):
+        path, attribute = name, ""
+    if path.endswith(".py"):
+        return registry.load_file(Path(path), attribute)
+    return registry.load(name)
+
+
+def make_plan(request: Request) -> Plan:
+    """Open the runs, decide the units, and find every mismatch before any compute.
+
+    Raises:
+        InputError: If nothing could be measured: no run, no model, no data, no checkpoint that fits.
+    """
+    declaration = find_analyzer(request.analyzer)
+    prepared = prepare(request)
+    units = _units(declaration, prepared, request.pairs)
+    mine = _shard(request.shard, len(units))
+    _check_inputs(declaration, prepared)
+    _check_fit(declaration, units)
+    return Plan(declaration, Job(declaration, request.options, fresh=request.fresh), prepared, units, mine)
+
+
+def _units(declaration: Declaration, prepared: list[PreparedRun], pairs: str) -> list[Unit]:
+    if declaration.grain == "group":
+        return [group_unit([p.run for p in prepared])]
+    if declaration.grain == "run":
+        return [run_unit(p.run, p.chosen) for p in prepared]
+    if declaration.grain == "checkpoint":
+        return [unit for p in prepared for unit in checkpoint_units(p.run, p.chosen)]
+    units = [pair_unit(a.run, x, b.run, y) for (a, x), (b, y) in _pairs(prepared, pairs)]
+    if not units:
+        raise InputError(
+            f"{declaration.name} compares checkpoints, and `--pairs {pairs}` finds no two among those given.",
+            "Give two runs, or a run with at least two checkpoints (see `dynprobe inspect`).",
+        )
+    return units
+
+
+Place = tuple[PreparedRun, Any]
+
+
+def _pairs(prepared: list[PreparedRun], how: str) -> Iterator[tuple[Place, Place]]:
+    if how == "auto":
+        how = "same-step" if len(prepared) > 1 else "consecutive"
+    places = [[(p, c) for c in p.chosen] for p in prepared]
+    if how == "same-step":
+        for one, other in itertools.combinations(places, 2):
+            by_step = {c.step: (p, c) for p, c in other}
+            yield from (((p, c), by_step[c.step]) for p, c in one if c.step in by_step)
+    elif how == "all":
+        yield from itertools.combinations([place for run in places for place in run], 2)
+    else:
+        for run in places:
+            if how == "consecutive":
+                yield from itertools.pairwise(run)
+            elif run:
+                fixed = run[0] if how == "first" else run[-1]
+                yield from ((place, fixed) for place in run if place is not fixed)
+
+
+def _shard(text: str | None, total: int) -> list[int]:
+    """Positions of the units of shard `I/N`; every N-th, so that cheap and dear ones spread evenly."""
+    if text is None:
+        return list(range(total))
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise InputError(
+            f"--shard {text}: expected I/N with I from 0 to N-1.",
+            "For a job array numbered from 0: --shard $SLURM_ARRAY_TASK_ID/64 with --array=0-63.",
+        )
+    return list(range(int(index), total, int(count)))
+
+
+def _check_inputs(declaration: Declaration, prepared: list[PreparedRun]) -> None:
+    """Build model, data and loss once per run now: what the user has to mend is said before any compute."""
+    whole_run = declaration.grain in ("run", "group")
+    for each in prepared:
+        setup = each.run.setup
+        if declaration.wants("batches"):
+            _ = setup.batches
+        if declaration.wants("test_batches"):
+            _ = setup.test_batches
+        if declaration.wants("loss"):
+            _ = setup.loss
+        if declaration.wants("model") or (whole_run and each.specs.model is not None):
+            setup.model()
+
+
+def _check_fit(declaration: Declaration, units: list[Unit]) -> None:
+    """Compare the header of every checkpoint with the model; what does not fit becomes a failed piece."""
+    problems = []
+    for unit in units:
+        for workspace in unit.workspaces:
+            problem = _misfit(declaration, workspace)
+            problems.append(problem)
+            if problem and declaration.grain in ("checkpoint", "pair"):
+                unit.problem = str(problem)
+    if problems and all(problems):
+        first = problems[0]
+        assert first is not None
+        others = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise InputError(f"{first}{others}", getattr(first, "tip", ""))
+
+
+def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
+    import torch
+
+    checkpoint, setup = workspace.checkpoint, workspace.run.setup
+    if checkpoint.problem:
+        return InputError(f"{checkpoint.path}: {checkpoint.problem}")
+    try:
+        header = checkpoint.header()
+        if declaration.wants("model"):
+            empty = {
+                name: torch.empty(tensor.shape, device="meta") for name, tensor in header.tensors.items()
+            }
+            setup.fit(setup.model(workspace.slot), empty, str(checkpoint.path))
+    except InputError as error:
+        return error
+    return None
+
+
+class Shelf:
+    """Finished pieces: those of this call's store first, then those of an older report.
+
+    Args:
+        store: Where new pieces go.
+        earlier: Pieces of the report, by key.
+    """
+
+    def __init__(self, store: PieceStore, earlier: dict[str, Piece]) -> None:
+        self._store = store
+        self._earlier = earlier
+
+    def get(self, key: str) -> Piece | None:
+        """A finished piece with this key, or None."""
+        return self._store.get(key) or self._earlier.get(key)
+
+    def put(self, piece: Piece) -> None:
+        """Keep a finished piece."""
+        self._store.put(piece)
+
+    def partial(self, key: str) -> Any:
+        """The store for parts of the piece with this key."""
+        return self._store.partial(key)

@@ -1,0 +1,223 @@
+"""Data from `.npz`, `.safetensors`, `.h5`, `.pt` and `.csv` files; reading one never runs code."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynprobe.io.errors import UnusableData
+from dynprobe.io.names import shortlist, suggestion
+from dynprobe.io.spec import shown
+from dynprobe.io.transforms import check_names, transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynprobe.io.data import Samples
+
+INPUT_NAMES = ("x", "inputs", "input", "images", "image", "data", "features", "input_ids")
+TARGET_NAMES = ("y", "targets", "target", "labels", "label", "class", "species")
+_TOKEN_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+_ARGS = ("inputs", "targets", "split")
+
+
+def read_file(path: Path, args: Mapping[str, Any]) -> Samples:
+    """Read a data file.
+
+    Args:
+        path: The file; its suffix says what it is.
+        args: `inputs` and `targets`: names of arrays or columns, where they are not the usual ones; `split`:
+            use `train_x` or `x_train` (for `split=train`) rather than `x`; and the transformations.
+
+    Raises:
+        UnusableData: The file is missing, damaged, of no known kind, or has no such names.
+    """
+    from dynprobe.io.data import Samples
+
+    source = shown(path)
+    if path.suffix not in READERS:
+        raise UnusableData(
+            f"{source!r} names no data.",
+            f"Give sklearn:NAME, package.module:callable, or a file ending in {', '.join(READERS)}.",
+        )
+    check_names(args, _ARGS, source)
+    if not path.is_file():
+        raise UnusableData(f"{source}: no such file.")
+    try:
+        arrays = READERS[path.suffix](path)
+    except UnusableData:
+        raise
+    except Exception as error:
+        raise UnusableData(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
+    choose = _choose_columns if path.suffix == ".csv" else _choose_arrays
+    inputs, targets = choose(arrays, args, source)
+    n_total = len(targets) if targets.ndim else 0
+    return transform(Samples(inputs, targets, n_total), args, source)
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+    import torch
+
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_hdf5(path: Path) -> dict[str, Tensor]:
+    import h5py
+    import torch
+
+    arrays: dict[str, Tensor] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biuf":
+            arrays[name] = torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()].item())
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return arrays
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, (tuple, list)) and len(content) == 2:
+        content = dict(zip(("inputs", "targets"), content, strict=True))
+    if not isinstance(content, dict):
+        raise UnusableData(
+            f"{shown(path)}: holds a {type(content).__name__}.",
+            "It must hold a dict of tensors, or (inputs, targets).",
+        )
+    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _read_csv(path: Path) -> dict[str, Tensor]:
+    """Columns by the names in the first row; text becomes class numbers in alphabetical order."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if not rows:
+        raise UnusableData(f"{shown(path)}: is empty.")
+    header, *body = rows
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(header):
+            raise UnusableData(
+                f"{shown(path)}: row {number} has {len(row)} values, the header {len(header)} names."
+            )
+    return {name.strip(): _column([row[i].strip() for row in body]) for i, name in enumerate(header)}
+
+
+def _column(texts: list[str]) -> Tensor:
+    """Whole numbers, numbers (an empty cell is NaN), or else classes."""
+    import torch
+
+    for kind, dtype in ((int, torch.int64), (float, torch.float64)):
+        try:
+            return torch.tensor([kind(text if text or kind is int else "nan") for text in texts], dtype=dtype)
+        except ValueError:
+            continue
+    classes = {text: number for number, text in enumerate(sorted(set(texts)))}
+    return torch.tensor([classes[text] for text in texts])
+
+
+READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".h5": _read_hdf5,
+    ".hdf5": _read_hdf5,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".csv": _read_csv,
+}
+
+
+def _choose_arrays(arrays: Mapping[str, Tensor], args: Mapping[str, Any], source: str) -> tuple[Any, Tensor]:
+    """Inputs and targets by the names given, or by the usual ones."""
+    split = args.get("split")
+    if "inputs" in args:
+        named = args["inputs"]
+        inputs = (
+            {name: _named(arrays, name, source) for name in named}
+            if isinstance(named, list)
+            else _named(arrays, named, source)
+        )
+    else:
+        name = _usual(arrays, INPUT_NAMES, split, "inputs", source)
+        tokens = {other: arrays[other] for other in _TOKEN_NAMES if other in arrays}
+        inputs = tokens if name in tokens else arrays[name]
+    if "targets" in args:
+        return inputs, _named(arrays, args["targets"], source)
+    if isinstance(inputs, dict) and "input_ids" in inputs and not set(TARGET_NAMES) & set(arrays):
+        return inputs, _next_tokens(inputs)
+    return inputs, arrays[_usual(arrays, TARGET_NAMES, split, "targets", source)]
+
+
+def _next_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """A language model's targets are its inputs (the loss shifts them); padding, -100, does not count."""
+    tokens = inputs["input_ids"].long()
+    mask = inputs.get("attention_mask")
+    return tokens if mask is None else tokens.masked_fill(mask == 0, -100)
+
+
+def _choose_columns(
+    columns: Mapping[str, Tensor], args: Mapping[str, Any], source: str
+) -> tuple[Tensor, Tensor]:
+    """The target's column, and the others (or those named) side by side as `(n, features)`."""
+    import torch
+
+    if "split" in args:
+        raise UnusableData(f"{source}: a .csv file has no splits; keep train and test in files of their own.")
+    target = args.get("targets") or _usual(columns, TARGET_NAMES, None, "targets", source)
+    wanted = args.get("inputs") or [name for name in columns if name != target]
+    names = wanted if isinstance(wanted, list) else [wanted]
+    features = [_named(columns, name, source).double() for name in names]
+    if not features:
+        raise UnusableData(f"{source}: has no column beside {target!r}.")
+    return torch.stack(features, dim=1), _named(columns, target, source)
+
+
+def _named(arrays: Mapping[str, Tensor], name: object, source: str) -> Tensor:
+    if name not in arrays:
+        raise UnusableData(
+            f"{source}: holds no {name!r}.", f"{suggestion(str(name), arrays)} {_listing(arrays)}"
+        )
+    return arrays[str(name)]
+
+
+def _usual(
+    arrays: Mapping[str, Tensor], usual: tuple[str, ...], split: str | None, role: str, source: str
+) -> str:
+    """The one array with a usual name; with a split, `train_x` and `x_train` rather than `x`.
+
+    Raises:
+        UnusableData: There is none, or more than one.
+    """
+    if split is None:
+        found = [name for name in arrays if name.lower() in usual]
+    else:
+        wanted = {
+            form for word in usual for form in (f"{split}_{word}", f"{word}_{split}", f"{split}/{word}")
+        }
+        found = [name for name in arrays if name.lower() in wanted]
+    if len(found) == 1:
+        return found[0]
+    which = f"{role} of split {split!r}" if split else role
+    reason = "none has a usual name" if not found else f"{shortlist(found)} might be"
+    raise UnusableData(f"{source}: which array holds the {which}? {reason}.", _tip(arrays, role))
+
+
+def _tip(arrays: Mapping[str, Tensor], role: str) -> str:
+    return f"Say {role}=NAME, or split=train for names like x_train. {_listing(arrays)}"
+
+
+def _listing(arrays: Mapping[str, Tensor]) -> str:
+    """What the file holds, with shapes."""
+    return "It holds " + shortlist(f"{name} {tuple(tensor.shape)}" for name, tensor in arrays.items()) + "."

@@ -1,0 +1,34 @@
+"""Lightning's `.ckpt`: torch's file with `state_dict`, `global_step`, `epoch`, `hyper_parameters`."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from dynprobe.io.header import OpenedCheckpoint
+from dynprobe.io.readers import torch_zip
+
+NAME = "lightning"
+_MARK = b"pytorch-lightning_version"
+
+
+def sniff(path: Path) -> bool:
+    """Whether it is torch's zip and its pickle carries Lightning's version mark."""
+    if not torch_zip.sniff(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+            # The mark is at the start of the pickle or right after the weights' names; no parsing needed.
+            return any(_MARK in archive.open(info).read(min(info.file_size, 1 << 24)) for info in pickles[:1])
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError):
+        return False
+
+
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+    """Read the pickle, not the storages.
+
+    Raises:
+        UnreadableCheckpoint: As `torch_zip.open`.
+    """
+    return torch_zip.open_as(NAME, path, key, ema)

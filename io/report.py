@@ -1,0 +1,165 @@
+"""The report: one HDF5 file, one group per analyzer; read, written, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from dynprobe.analyzers.core.result import FAILED, Piece, Result, unstack
+from dynprobe.io import hdf5
+from dynprobe.io.atomic import remove_leftovers, write_atomically
+from dynprobe.io.errors import CannotWrite, DamagedReport, InputError
+from dynprobe.io.pieces import Partial, PieceStore
+from dynprobe.io.plain_json import dumps
+
+__all__ = ["Partial", "PieceStore", "read_report", "result_pieces", "write_result", "write_results"]
+
+LAYOUT = 1
+"""Version of the layout, in the root attribute `dynprobe_layout`: what marks a file as a report."""
+
+RESERVED = frozenset({"grain", "variables", "coordinates", "provenance", "checksum"})
+"""Attributes of an analyzer's group that are not provenance copied out of `provenance`."""
+
+
+def read_report(path: Path, only: Collection[str] = ()) -> dict[str, Result]:
+    """The results a report holds, by analyzer.
+
+    Args:
+        path: The report.
+        only: Names of the analyzers to read; empty for all.
+
+    Raises:
+        InputError: If there is no such file, or it is not a report.
+        DamagedReport: If a result cannot be read or does not match its checksum.
+    """
+    with hdf5.opened(path) as file:
+        if "dynprobe_layout" not in file.attrs:
+            raise InputError(f"{path}: is not a dynprobe report.", "Name the file given to -o earlier.")
+        if int(file.attrs["dynprobe_layout"]) > LAYOUT:
+            raise InputError(f"{path}: was written by a newer dynprobe.", "Update dynprobe to read it.")
+        names = [n for n, item in file.items() if "provenance" in item.attrs and (not only or n in only)]
+        return {name: _read_group(path, file[name], name) for name in names}
+
+
+def _read_group(path: Path, group: h5py.Group, name: str) -> Result:
+    provenance, grain = str(group.attrs["provenance"]), str(group.attrs["grain"])
+    try:
+        arrays = hdf5.read_arrays(group, [str(n) for n in group.attrs["variables"]])
+    except Exception as error:  # damage surfaces as any of a dozen kinds
+        raise DamagedReport(f"{path}: {name} is damaged: {error}", _TIP) from error
+    if hdf5.checksum(arrays, grain + provenance) != group.attrs["checksum"]:
+        raise DamagedReport(f"{path}: {name} does not match its checksum: it was damaged or altered", _TIP)
+    attributes = json.loads(provenance)
+    if "index" in attributes:
+        attributes["index"] = tuple(attributes["index"])
+    return Result(name, grain, arrays, attributes)
+
+
+_TIP = "Move the file away and run the same command again: pieces that are still beside it are kept."
+
+
+def result_pieces(path: Path, analyzer: str) -> dict[str, Piece]:
+    """The finished pieces of one analyzer in a report by key, so that a second call need not repeat them.
+
+    Failed pieces are left out, as they are to be tried again. No report, no pieces.
+
+    Raises:
+        InputError: If the file is not a report.
+        DamagedReport: If the analyzer's group is damaged.
+    """
+    if not path.exists():
+        return {}
+    result = read_report(path, only=[analyzer]).get(analyzer)
+    pieces = unstack(result) if result is not None else []
+    return {piece.key: piece for piece in pieces if piece.key and piece.status != FAILED}
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Put one analyzer's result into a report; what else the report holds is kept.
+
+    Raises:
+        CannotWrite: If it cannot be written, or the file there is not a report.
+        DamagedReport: If the file there is damaged; it is left as it is.
+    """
+    write_results(path, {result.analyzer: result})
+
+
+def write_results(path: Path, results: Mapping[str, Result]) -> None:
+    """Put several results into a report at once, as `write_result` does."""
+    remove_leftovers(path.parent, path.name)
+    while True:  # another process may have put its own result in meanwhile: take that along
+        before = _fingerprint(path)
+        content = hdf5.image(lambda file: _build(file, path, results))
+        if write_atomically(path, content, unless=lambda seen=before: _fingerprint(path) != seen):  # type: ignore[misc]
+            return
+
+
+def _fingerprint(path: Path) -> tuple[int, int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def _build(file: h5py.File, path: Path, results: Mapping[str, Result]) -> None:
+    if path.exists():
+        _keep_others(file, path, skip=results)
+    for name, result in results.items():
+        _write_group(file.create_group(name), result)
+    everything = [json.loads(g.attrs["provenance"]) for g in file.values() if "provenance" in g.attrs]
+    history = [f"{a.get('created', '')}: {a.get('command', '')}" for a in everything if "command" in a]
+    shared = {k: v for k, v in everything[0].items() if k != "index" and all(a.get(k) == v for a in everything)}
+    hdf5.write_attributes(file, shared)
+    about = {"title": "dynprobe report", "history": "\n".join(sorted(history)), "dynprobe_layout": LAYOUT}
+    hdf5.write_attributes(file, {"Conventions": "CF-1.11", **about, "provenance": dumps(shared)})
+
+
+def _keep_others(file: h5py.File, path: Path, skip: Collection[str]) -> None:
+    if not path.is_file():
+        raise CannotWrite(f"{path}: is not a file that could be replaced.", "Choose another name with -o.")
+    try:
+        with hdf5.opened(path) as old:
+            known = "dynprobe_layout" in old.attrs
+            if known:
+                hdf5.copy_tree(old, file, skip=skip)
+    except DamagedReport as error:
+        if not _is_hdf5(path):
+            raise _foreign(path) from error
+        raise DamagedReport(error.message, _TIP) from error
+    if not known:
+        raise _foreign(path)
+
+
+def _is_hdf5(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
+def _foreign(path: Path) -> CannotWrite:
+    return CannotWrite(
+        f"{path}: exists and is not a dynprobe report, so it is not overwritten.",
+        "Choose another name with -o.",
+    )
+
+
+def _write_group(group: h5py.Group, result: Result) -> None:
+    provenance = dumps(result.attributes)
+    hdf5.write_arrays(group, result.arrays)
+    labels = [n for n, a in result.coordinates.items() if a.dims != (n,) and " " not in n]
+    plain: dict[str, Any] = {k: v for k, v in result.attributes.items() if k not in RESERVED | {"index"}}
+    hdf5.write_attributes(
+        group,
+        {
+            **plain,
+            "grain": result.grain,
+            "variables": list(result.arrays),
+            "coordinates": " ".join(labels),
+            "provenance": provenance,
+            "checksum": hdf5.checksum(result.arrays, result.grain + provenance),
+        },
+    )

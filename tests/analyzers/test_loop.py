@@ -1,0 +1,270 @@
+"""The loop: grains, isolation of bad checkpoints, resuming, `previous`, partial results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from dynprobe.analyzers import Measurement, Var, analyzer
+from dynprobe.analyzers.core.contract import DeclarationError, declaration_of
+from dynprobe.analyzers.core.loop import (
+    Job,
+    MemoryStore,
+    checkpoint_units,
+    group_unit,
+    measure,
+    pair_unit,
+    piece_key,
+    run_unit,
+)
+from dynprobe.analyzers.core.result import stack
+from dynprobe.analyzers.core.workspace import Run, Setup
+
+NORM = {"norm": Var((), "1", "Norm")}
+
+
+@dataclass
+class Loaded:
+    state: dict
+    hash: str
+    notes: list = field(default_factory=list)
+
+
+@dataclass
+class FakeCheckpoint:
+    step: int
+    value: float
+    run: str = "run"
+    broken: bool = False
+    reads: list = field(default_factory=list)
+
+    @property
+    def path(self):
+        return Path(f"step_{self.step}.pt")
+
+    def load(self):
+        self.reads.append(self.step)
+        if self.broken:
+            raise OSError(f"{self.path}: truncated")
+        return Loaded({"weight": torch.full((1, 1), self.value)}, f"{self.value}")
+
+
+def make_run(values, name="run", broken=()):
+    checkpoints = [FakeCheckpoint(i, v, name, broken=i in broken) for i, v in enumerate(values)]
+    setup = Setup(
+        make_model=lambda: torch.nn.Linear(1, 1, bias=False),
+        fit=lambda model, state, where: (state, []),
+        make_batches=list,
+        make_test_batches=lambda: None,
+        make_loss=lambda: None,
+        open_other=lambda path: checkpoints[0],
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return Run(name, checkpoints, setup)
+
+
+@analyzer(returns=NORM)
+def norm(state):
+    """Norm."""
+    return {"norm": float(state["weight"].norm())}
+
+
+def job(function, **options):
+    return Job(declaration_of(function), options)
+
+
+def values_of(pieces):
+    return [float(p.arrays["norm"].values) if "norm" in p.arrays else p.reason for p, _ in pieces]
+
+
+def test_every_checkpoint_is_measured_in_order():
+    run = make_run([3.0, 1.0, 2.0])
+    assert values_of(measure(job(norm), checkpoint_units(run, run.checkpoints), MemoryStore())) == [3, 1, 2]
+
+
+def test_one_broken_checkpoint_among_ten_is_named_and_the_other_nine_are_measured():
+    run = make_run([float(i) for i in range(10)], broken=[4])
+    pieces = [p for p, _ in measure(job(norm), checkpoint_units(run, run.checkpoints), MemoryStore())]
+    assert [p.status for p in pieces].count("ok") == 9
+    assert pieces[4].status == "failed"
+    assert "step_4.pt: truncated" in pieces[4].reason
+    result = stack("norm", "checkpoint", pieces, {})
+    assert torch.isnan(torch.tensor(result["norm"])).tolist() == [i == 4 for i in range(10)]
+
+
+def test_nan_weights_fail_with_the_tensor_named():
+    run = make_run([1.0, float("nan")])
+    pieces = [p for p, _ in measure(job(norm), checkpoint_units(run, run.checkpoints), MemoryStore())]
+    assert pieces[1].status == "failed"
+    assert "'weight' holds 1 values that are NaN or infinite" in pieces[1].reason
+
+
+def test_an_analyzer_that_breaks_its_declaration_stops_the_call():
+    @analyzer(returns=NORM)
+    def wrong(state):
+        """Norm."""
+        return {"nrom": 1.0}
+
+    run = make_run([1.0])
+    with pytest.raises(DeclarationError, match="nrom"):
+        list(measure(job(wrong), checkpoint_units(run, run.checkpoints), MemoryStore()))
+
+
+def test_a_second_call_takes_finished_pieces_and_a_changed_checkpoint_is_measured_again():
+    run, store = make_run([1.0, 2.0]), MemoryStore()
+    list(measure(job(norm), checkpoint_units(run, run.checkpoints), store))
+    run.checkpoints[1].value = 5.0
+    again = list(measure(job(norm), checkpoint_units(run, run.checkpoints), store))
+    assert [stored for _, stored in again] == [True, False]
+    assert values_of(again) == [1, 5]
+
+
+def test_failed_pieces_are_tried_again():
+    run, store = make_run([1.0, 2.0], broken=[1]), MemoryStore()
+    list(measure(job(norm), checkpoint_units(run, run.checkpoints), store))
+    run.checkpoints[1].broken = False
+    assert values_of(measure(job(norm), checkpoint_units(run, run.checkpoints), store)) == [1, 2]
+
+
+def test_the_key_follows_options_and_data_but_not_the_file_name():
+    run = make_run([1.0])
+    (unit,) = checkpoint_units(run, run.checkpoints)
+    key = piece_key(job(norm), unit)
+    run.checkpoints[0].step = 7
+    assert piece_key(job(norm), checkpoint_units(run, run.checkpoints)[0]) == key
+    assert piece_key(job(norm, order=1), unit) != key
+    run.setup.facts = lambda needs: {"data": "other"}
+    assert piece_key(job(norm), unit) != key
+
+
+def test_what_an_analyzer_reads_elsewhere_in_the_run_is_part_of_its_key():
+    @analyzer(returns=NORM, reads=lambda options: ["last"])
+    def against_last(state, run):
+        """Norm."""
+        return {"norm": float((state["weight"] - run.state("last")["weight"]).norm())}
+
+    run = make_run([1.0, 4.0])
+    unit = checkpoint_units(run, run.checkpoints)[0]
+    key = piece_key(job(against_last), unit)
+    run.checkpoints[1].value = 6.0
+    assert piece_key(job(against_last), unit) != key
+    assert values_of(measure(job(against_last), [unit], MemoryStore())) == [5]
+
+
+def test_pairs_get_both_sides_and_a_model_of_their_own():
+    @analyzer(returns=NORM)
+    def distance(model_a, model_b):
+        """Distance."""
+        return {"norm": model_a.weight.item() - model_b.weight.item()}
+
+    a, b = make_run([3.0], "a"), make_run([1.0], "b")
+    units = [pair_unit(a, a.checkpoints[0], b, b.checkpoints[0])]
+    ((piece, _),) = measure(job(distance), units, MemoryStore())
+    assert float(piece.arrays["norm"].values) == 2.0
+    assert (piece.index["run_a"], piece.index["run_b"]) == ("a", "b")
+
+
+def test_a_whole_run_is_walked_with_one_checkpoint_in_memory_and_a_broken_one_is_left_out():
+    held = []
+
+    @analyzer(returns={"norm": Var(("checkpoint",), "1", "Norm")})
+    def path(checkpoints):
+        """Path."""
+        values = []
+        for workspace in checkpoints:
+            values.append(float(workspace.state["weight"].norm()))
+            held.append(sum(w._loaded is not None for w in checkpoints))
+        return {"norm": values}
+
+    run = make_run([1.0, 2.0, 3.0, 4.0], broken=[2])
+    (piece,) = [p for p, _ in measure(job(path), [run_unit(run, run.checkpoints)], MemoryStore())]
+    assert piece.status == "incomplete"
+    assert "step_2.pt" in piece.reason
+    assert piece.arrays["norm"].values.tolist() == [1, 2, 4]
+    assert piece.arrays["step"].values.tolist() == [0, 1, 3]
+    assert max(held) == 1
+
+
+def test_a_group_gets_all_its_runs():
+    @analyzer(returns={"norm": Var((), "1", "Mean norm")})
+    def mean_norm(runs):
+        """Mean."""
+        last = [float(r.state("last")["weight"].norm()) for r in runs]
+        return {"norm": sum(last) / len(last)}
+
+    unit = group_unit([make_run([1.0, 2.0], "a"), make_run([1.0, 4.0], "b")])
+    assert values_of(measure(job(mean_norm), [unit], MemoryStore())) == [3]
+
+
+def test_previous_is_the_last_measurement_of_the_same_run():
+    seen = []
+
+    @analyzer(returns=NORM)
+    def chained(state, previous):
+        """Norm."""
+        seen.append(None if previous is None else float(previous["norm"]))
+        return Measurement({"norm": float(state["weight"])})
+
+    a, b = make_run([1.0, 2.0], "a"), make_run([3.0], "b")
+    units = checkpoint_units(a, a.checkpoints) + checkpoint_units(b, b.checkpoints)
+    list(measure(job(chained), units, MemoryStore()))
+    assert seen == [None, 1, None]
+
+
+def test_parts_of_a_piece_survive_an_interruption():
+    class Stop(BaseException):
+        pass
+
+    class Store(MemoryStore):
+        parts: ClassVar[dict] = {}
+
+        def partial(self, key):
+            outer = self
+
+            class P:
+                def get(self, name):
+                    return outer.parts.get((key, name))
+
+                def put(self, name, arrays):
+                    outer.parts[key, name] = arrays
+
+            return P()
+
+    computed = []
+
+    @analyzer(returns=NORM)
+    def rows(state, partial):
+        """Norm."""
+        for row in range(3):
+            if partial.get(f"row {row}") is None:
+                if len(computed) == 2 and row == 2 and not stopped:
+                    stopped.append(1)
+                    raise Stop
+                computed.append(row)
+                partial.put(f"row {row}", {})
+        return {"norm": 0.0}
+
+    stopped, run, store = [], make_run([1.0]), Store()
+    with pytest.raises(Stop):
+        list(measure(job(rows), checkpoint_units(run, run.checkpoints), store))
+    list(measure(job(rows), checkpoint_units(run, run.checkpoints), store))
+    assert computed == [0, 1, 2]
+
+
+def test_the_model_is_refilled_and_back_in_eval_mode_for_every_checkpoint():
+    @analyzer(returns=NORM)
+    def careless(model):
+        """Norm."""
+        assert not model.training
+        value = model.weight.item()
+        model.train()
+        model.weight.data.zero_()
+        return {"norm": value}
+
+    run = make_run([1.0, 2.0])
+    assert values_of(measure(job(careless), checkpoint_units(run, run.checkpoints), MemoryStore())) == [1, 2]

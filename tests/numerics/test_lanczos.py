@@ -1,0 +1,228 @@
+"""Lanczos on planted spectra, where every eigenvalue is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dynprobe.analyzers.numerics.hvp import HessianOperator
+from dynprobe.analyzers.numerics.lanczos import lanczos
+from dynprobe.analyzers.numerics.losses import get_loss
+
+
+def planted(spectrum: np.ndarray, seed: int = 0) -> tuple[Tensor, int]:
+    """A symmetric matrix with that spectrum in a random basis."""
+    n = len(spectrum)
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]
+    return torch.from_numpy((basis * spectrum) @ basis.T), n
+
+
+class Counted:
+    def __init__(self, matrix: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.matrix, self.calls = matrix.to(dtype), 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        self.calls += 1
+        return self.matrix @ vector.to(self.matrix.dtype)
+
+
+BULK = np.concatenate([np.linspace(-0.4, 0.5, 190), [8.0, 5.0, 3.0, 2.0, 1.2, -0.9, -1.5, -2.5, -4.0, -6.0]])
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_planted_spectrum_is_found_in_order_with_true_bounds(which: str, k: int) -> None:
+    matrix, n = planted(BULK)
+    matvec = Counted(matrix)
+    found = lanczos(matvec, n, k=k, which=which, tol=1e-6)
+    ordered = np.sort(BULK)
+    expected = {
+        "LA": ordered[::-1][:k],
+        "SA": ordered[:k],
+        "LM": BULK[np.argsort(-np.abs(BULK))][:k],
+        "BE": np.concatenate([ordered[::-1][: k - k // 2], ordered[: k // 2][::-1]]),
+    }[which]
+    error = np.abs(found.eigenvalue - expected)
+    assert found.converged.all()
+    assert (error <= 1e-6 * np.abs(expected)).all()
+    assert (error <= found.error_bound + 1e-12).all()
+    assert found.n_matvec == matvec.calls
+
+
+def test_residual_is_that_of_the_returned_pair_and_not_an_estimate() -> None:
+    matrix, n = planted(BULK)
+    found = lanczos(Counted(matrix), n, k=3, tol=1e-3)
+    vector = found.eigenvector
+    explicit = (vector @ matrix - torch.from_numpy(found.eigenvalue)[:, None] * vector).norm(dim=1)
+    np.testing.assert_allclose(found.residual, explicit.numpy(), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(vector @ vector.T, torch.eye(3, dtype=torch.float64))
+
+
+def test_ill_conditioned_spectrum_gives_no_ghosts() -> None:
+    """A converged outlier comes back again and again without reorthogonalisation."""
+    spectrum = np.concatenate([[1e4, 1e3], np.linspace(0, 1, 298)])
+    matrix, n = planted(spectrum)
+    found = lanczos(Counted(matrix), n, k=10, tol=1e-8, max_iter=200)
+    np.testing.assert_allclose(found.eigenvalue, np.sort(spectrum)[::-1][:10], rtol=1e-7)
+    assert found.orthogonality < 1e-12
+
+
+def test_plus_and_minus_the_same_eigenvalue_are_told_apart() -> None:
+    """Power iteration returns a mixture of the two."""
+    matrix, n = planted(np.concatenate([[2.0, -2.0], np.linspace(-0.5, 0.5, 60)]))
+    found = lanczos(Counted(matrix), n, k=2, which="LM", tol=1e-8)
+    np.testing.assert_allclose(np.sort(found.eigenvalue), [-2.0, 2.0], rtol=1e-8)
+    both = lanczos(Counted(matrix), n, k=2, which="BE", tol=1e-8)
+    np.testing.assert_allclose(both.eigenvalue, [2.0, -2.0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_every_copy_of_a_multiple_eigenvalue_is_found(copies: int) -> None:
+    matrix, n = planted(np.concatenate([[3.0] * copies, [2.0], np.linspace(0, 1, 80)]))
+    found = lanczos(Counted(matrix), n, k=copies + 1, tol=1e-7)
+    np.testing.assert_allclose(found.eigenvalue, [3.0] * copies + [2.0], rtol=1e-6)
+    assert found.converged.all()
+
+
+def test_clustered_eigenvalues_are_resolved() -> None:
+    spectrum = np.concatenate([[1.0, 1.0 + 5e-4, 1.0 + 1e-3], np.linspace(0, 0.5, 60)])
+    matrix, n = planted(spectrum)
+    found = lanczos(Counted(matrix), n, k=3, tol=1e-7)
+    np.testing.assert_allclose(found.eigenvalue, np.sort(spectrum)[::-1][:3], rtol=1e-7)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_low_rank_and_zero_operators_break_down_gracefully(which: str) -> None:
+    matrix, n = planted(np.concatenate([[4.0, -1.0], np.zeros(20)]))
+    found = lanczos(Counted(matrix), n, k=4, which=which, tol=1e-8)
+    expected = {"LA": [4, 0, 0, 0], "SA": [-1, 0, 0, 0], "LM": [4, -1, 0, 0], "BE": [4, 0, 0, -1]}[which]
+    np.testing.assert_allclose(found.eigenvalue, expected, atol=1e-10)
+    nothing = lanczos(lambda v: 0 * v, 9, k=3, which=which)
+    assert np.array_equal(nothing.eigenvalue, np.zeros(3))
+    assert nothing.converged.all()
+
+
+def test_all_eigenvalues_of_a_small_matrix_equal_the_dense_ones() -> None:
+    matrix, n = planted(np.array([3.0, -1.0, 0.5, 0.5, 0.0]))
+    found = lanczos(Counted(matrix), n, k=n, tol=1e-10)
+    np.testing.assert_allclose(found.eigenvalue, [3.0, 0.5, 0.5, 0.0, -1.0], atol=1e-12)
+
+
+def test_one_by_one_operator() -> None:
+    found = lanczos(lambda v: -2.0 * v, 1, k=1)
+    assert found.eigenvalue.tolist() == [-2.0]
+    assert found.residual[0] < 1e-15
+
+
+def test_smallest_eigenvalue_near_zero_is_judged_against_the_norm() -> None:
+    matrix, n = planted(np.concatenate([[10.0], np.linspace(1e-9, 1, 100)]))
+    found = lanczos(Counted(matrix), n, k=2, which="BE", tol=1e-2, relative_to="norm")
+    assert found.converged.all()
+    assert abs(found.eigenvalue[1]) <= 0.2
+    assert found.n_matvec < 30
+
+
+def test_max_iter_too_small_is_flagged_not_hidden() -> None:
+    matrix, n = planted(np.linspace(0, 1, 200))
+    found = lanczos(Counted(matrix), n, k=5, tol=1e-8, max_iter=8)
+    assert not found.converged.any()
+    assert (found.residual > 1e-3).all()
+
+
+def test_non_finite_operator_gives_nan_and_not_converged() -> None:
+    found = lanczos(lambda v: v * float("nan"), 10, k=2)
+    assert np.isnan(found.eigenvalue).all()
+    assert np.isnan(found.residual).all()
+    assert not found.converged.any()
+    assert found.n_matvec == 1
+
+
+def test_float32_operator_stops_at_its_noise_floor_and_claims_no_more() -> None:
+    matrix, n = planted(BULK)
+    single = Counted(matrix, torch.float32)
+    eps = float(torch.finfo(torch.float32).eps)
+    found = lanczos(single, n, k=2, tol=1e-12, rounding=eps)
+    assert found.n_matvec < 80
+    assert (np.abs(found.eigenvalue - [8.0, 5.0]) <= 8 * eps * 8.0).all()
+    assert (found.error_bound >= eps * 8.0 * 0.99).all()
+
+
+def test_warm_start_at_the_eigenvectors_needs_fewer_products_and_agrees() -> None:
+    spectrum = np.concatenate([np.linspace(-1, 1, 300), [1.1, -1.1]])
+    matrix, n = planted(spectrum)
+    cold = lanczos(Counted(matrix), n, k=2, which="BE", tol=1e-3)
+    warm = lanczos(Counted(matrix), n, k=2, which="BE", tol=1e-3, start=cold.eigenvector.sum(0))
+    np.testing.assert_allclose(warm.eigenvalue, [1.1, -1.1], rtol=1e-3)
+    assert warm.n_matvec < cold.n_matvec
+
+
+def test_warm_start_at_the_wrong_eigenvector_still_finds_the_largest() -> None:
+    matrix = torch.diag(torch.tensor([5.0, 3.0, *np.linspace(0, 1, 30)], dtype=torch.float64))
+    start = torch.zeros(32, dtype=torch.float64)
+    start[1] = 1.0
+    assert lanczos(Counted(matrix), 32, k=1, tol=1e-6, start=start).eigenvalue[0] == pytest.approx(
+        5.0, rel=1e-6
+    )
+
+
+def test_same_seed_same_digits_and_global_random_state_untouched() -> None:
+    matrix, n = planted(BULK)
+    state = torch.get_rng_state()
+    one, two = (lanczos(Counted(matrix), n, k=2, seed=3) for _ in range(2))
+    assert np.array_equal(one.eigenvalue, two.eigenvalue)
+    assert torch.equal(one.eigenvector, two.eigenvector)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_eigenvector_sign_is_fixed_by_its_largest_entry() -> None:
+    matrix, n = planted(BULK)
+    for seed in range(3):
+        vector = lanczos(Counted(matrix), n, k=2, seed=seed).eigenvector
+        assert (vector.gather(1, vector.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="between 1 and the dimension 4"):
+        lanczos(lambda v: v, 4, k=5)
+    with pytest.raises(ValueError, match="LA, SA, LM or BE"):
+        lanczos(lambda v: v, 4, which="XX")  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spectrum=st.lists(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 7.0]), min_size=2, max_size=12),
+    k=st.integers(1, 4),
+    which=st.sampled_from(["LA", "SA"]),
+)
+def test_any_small_spectrum_with_repeats_equals_the_dense_one(
+    spectrum: list[float], k: int, which: str
+) -> None:
+    k = min(k, len(spectrum))
+    matrix, n = planted(np.array(spectrum))
+    found = lanczos(Counted(matrix), n, k=k, which=which, tol=1e-8)
+    expected = sorted(spectrum, reverse=which == "LA")[:k]
+    np.testing.assert_allclose(found.eigenvalue, expected, atol=1e-7)
+
+
+def test_hessian_of_a_trained_net_equals_the_dense_spectrum() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    inputs, targets = torch.randn(40, 4, dtype=torch.float64), torch.randint(0, 3, (40,))
+    loss = get_loss("cross_entropy")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+    batches = list(zip(inputs.split([25, 15]), targets.split([25, 15]), strict=True))
+    operator = HessianOperator(model, batches, loss)
+    dense = torch.stack([operator(row) for row in torch.eye(operator.n_parameters, dtype=torch.float64)])
+    exact = np.linalg.eigvalsh(dense.numpy())
+    found = lanczos(operator, operator.n_parameters, k=6, which="BE", tol=1e-8)
+    np.testing.assert_allclose(
+        found.eigenvalue, np.concatenate([exact[::-1][:3], exact[:3][::-1]]), rtol=1e-7
+    )
