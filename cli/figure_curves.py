@@ -48,7 +48,7 @@ def draw_lines(result: Result, kind: Lines | Bands, figure: Figure) -> list[str]
     if _belong_together(result, names, panels):
         panels = [_merged(result, names, panels)]
     paint_panels(figure, panels, axis, ordered=_ordered_curves(result, names[0], axis))
-    return [_band_note(result, name, bounds.get(name)) for name in names]
+    return list(dict.fromkeys(_band_note(result, name, bounds.get(name)) for name in names))
 
 
 def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, log_y: bool) -> list[str]:
@@ -69,7 +69,7 @@ def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, l
         panel.log_y = log_y and panel.scale == names[0]
     ordered = _ordered_curves(result, names[0], axis)
     paint_panels(figure, panels, axis, ordered=ordered, centre=bool(axis.values.min() <= 0 <= axis.values.max()))
-    return [_band_note(result, name, None) for name in names]
+    return list(dict.fromkeys(_band_note(result, name, None) for name in names))
 
 
 def horizontal(result: Result, x: str, array: Array) -> Axis:
@@ -115,7 +115,7 @@ def _panels_of(result: Result, name: str, axis: Axis, bounds: Bounds) -> list[Pa
     labels = _labels(result, others[0], y.shape[0]) if others else [""]
     panels = []
     for index in list(np.ndindex(*y.shape[1:-1]))[:MAXIMAL_PANELS]:
-        place = [f"{d} {_labels(result, d, n)[i]}" for (d, n), i in zip(split, index, strict=True)]
+        place = [_labels(result, d, n)[i] for (d, n), i in zip(split, index, strict=True)]
         panel = Panel(", ".join(place), style.label(result.arrays[name], name), name)
         for row, text in enumerate(labels):
             at = (row, *index)
@@ -156,7 +156,9 @@ def _labels(result: Result, dim: str, size: int) -> list[str]:
     if dim == result.lead:
         return [piece_title(result, i) for i in range(result.n_pieces)]
     labels = along(result, dim, dim, "step")
-    return [step_text(v) for v in labels.tolist()] if labels is not None else [str(i) for i in range(size)]
+    texts = [step_text(v) for v in labels.tolist()] if labels is not None else [str(i) for i in range(size)]
+    numeric = labels is None or labels.dtype.kind in "iuf"
+    return [f"{dim} {text}" for text in texts] if numeric else texts
 
 
 def _by_run(
@@ -193,7 +195,7 @@ def _merged(result: Result, names: Sequence[str], panels: Sequence[Panel]) -> Pa
 def _band_note(result: Result, name: str, bounds: Bounds) -> str:
     array = result.arrays[name]
     if bounds is not None:
-        return f"band: {bounds[0]} to {bounds[1]}"
+        return "band: " + " to ".join(b.replace("_", " ") for b in bounds)
     if SPREAD in array.dims:
         return f"band of {name}: range over {array.values.shape[array.dims.index(SPREAD)]} seeds"
     if array.error not in result:

@@ -48,11 +48,14 @@ def draw_contours(result: Result, kind: Contours, figure: Figure, look: str) -> 
     spread = np.ptp(y) / np.ptp(x) if np.ptp(x) else 1.0
     square = spread if 1 / 3 < spread < 3 else 1.0
     n_columns = columns_for(len(panels) // len(names), len(names))
-    places = grid(figure, len(panels), n_columns, 0.8 if painter.look == "surface" else square, extra)
-    labels = axis_label(result, kind.x), axis_label(result, kind.y)
+    aspect = 0.8 if painter.look == "surface" else square
+    places, inches = grid(figure, len(panels), n_columns, aspect, extra)
+    labels = axis_label(result, kind.x, inches), axis_label(result, kind.y, inches * square)
     for plane, place in zip(panels, places, strict=True):
         painter.paint(plane, place, labels)
-    quantity = result.arrays[kind.z] if len(names) == 1 else replace(result.arrays[kind.z], long_name="")
+    quantity = result.arrays[kind.z]
+    if len(names) > 1:  # the panels' titles say which
+        quantity = replace(quantity, long_name=kind.z.replace("_", " ").capitalize())
     painter.finish(style.label(quantity, kind.z))
     return [scale.clipped, painter.note, SLICE], shown
 
@@ -81,7 +84,7 @@ class _Painter:
         self._flat(ax, plane, size=5.0 if columns < 3 else 4.2)
         ratio = np.ptp(self.y) / np.ptp(self.x)
         ax.set_aspect("equal" if 1 / 3 < ratio < 3 else "auto")
-        last_row = i + columns >= len(self.axes) and i // columns == rows - 1
+        last_row = i // columns == rows - 1
         ax.set_xlabel(labels[0] if last_row else "")
         ax.set_ylabel(labels[1] if i % columns == 0 else "")
         ax.tick_params(labelbottom=last_row, labelleft=i % columns == 0)
@@ -105,11 +108,12 @@ class _Painter:
             self._chance(ax, z)
         else:
             ends = f"{style.number(float(f'{z.min():.2g}'))} to {style.number(float(f'{z.max():.2g}'))}"
-            ax.text(0.5, 0.75, f"no level between\n{ends}", transform=ax.transAxes, ha="center", fontsize=size)
+            ax.text(0.5, 0.75, f"between levels:\n{ends}", transform=ax.transAxes, ha="center", fontsize=size)
         self._mark_missing(ax, plane)
         if self._centred:
-            (mark,) = ax.plot(0, 0, marker="x", color="black", markersize=4, markeredgewidth=0.9, linestyle="")
-            self.handles["θ*"] = mark
+            cross = {"marker": "x", "markersize": 4, "linestyle": ""}
+            ax.plot(0, 0, color="white", markeredgewidth=2, **cross)  # a rim, for dark colours below
+            (self.handles["θ*"],) = ax.plot(0, 0, color="black", markeredgewidth=0.9, **cross)
 
     def _label(self, ax: Any, drawn: Any, size: float) -> None:
         """Values on the contour lines long enough to carry them."""
@@ -211,14 +215,14 @@ def dress_box(ax: Any, labels: tuple[str, str]) -> None:
         axis._axinfo["grid"].update(linewidth=0.3, color=style.PALE)
         axis.set_pane_color((1, 1, 1, 0))
         axis.line.set_linewidth(0.5)
-        axis.set_tick_params(pad=-3, labelsize=5)
-        axis.labelpad = -8
-        axis.set_label_text("\n".join(textwrap.wrap(text.replace("\n", " "), 22)), fontsize=5.5)
+        axis.set_tick_params(pad=-4, labelsize=5)
+        axis.labelpad = -10
+        axis.set_label_text("\n".join(textwrap.wrap(text.replace("\n", " "), 26)), fontsize=5)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(style.number)
     ax.view_init(elev=30, azim=-55)
-    ax.set_box_aspect((1, 1, 0.75), zoom=0.92)
+    ax.set_box_aspect((1, 1, 0.75), zoom=1.0)
 
 
 def dress_bar(bar: Any, scale: Scale) -> None:
@@ -239,14 +243,15 @@ def draw_heatmap(result: Result, kind: Heatmap, figure: Figure) -> tuple[list[st
     n_columns = columns_for(len(panels), 1)
     categorical = bool(x[1] and y[1])
     aspect = min(2.0, max(0.4, len(y[0]) / len(x[0]))) if categorical else 0.75
-    names = axis_label(result, kind.x), axis_label(result, kind.y)
+    places, inches = grid(figure, len(panels), n_columns, aspect, 0.7)
+    names = axis_label(result, kind.x, inches), axis_label(result, kind.y, inches * aspect)
     axes: list[Any] = []
-    for plane, (rows, columns, i) in zip(panels, grid(figure, len(panels), n_columns, aspect, 0.7), strict=True):
+    for plane, (rows, columns, i) in zip(panels, places, strict=True):
         ax = figure.add_subplot(rows, columns, i + 1)
         axes.append(ax)
         _heat(ax, plane, x, y, scale)
         ax.set_title(style.escaped(plane.title), loc="left")
-        outer = i + columns >= len(panels), i % columns == 0
+        outer = i // columns == rows - 1, i % columns == 0
         ax.set_xlabel(names[0] if outer[0] else "")
         ax.set_ylabel(names[1] if outer[1] else "")
         ax.tick_params(labelbottom=outer[0], labelleft=outer[1])

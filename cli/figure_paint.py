@@ -72,6 +72,7 @@ class Look:
             self.labels, self.dashes = self.dashes, [""]
         self.bar = len(self.labels) > style.MAXIMAL_LEGEND
         n = len(self.labels)
+        self.several = n > 1
         self.colours: Sequence[Any] = (
             style.sequential(n).colors if self.bar or (ordered and n > 1) else style.CATEGORIES  # type: ignore[assignment]
         )
@@ -79,7 +80,8 @@ class Look:
     def of(self, curve: Curve) -> dict[str, Any]:
         """Keyword arguments for `plot`."""
         dash = style.DASHES[self.dashes.index(curve.dash) % len(style.DASHES)]
-        return {"color": self.colours[self.labels.index(curve.colour)], "linestyle": dash}
+        colour = self.colours[self.labels.index(curve.colour)] if curve.colour or not self.several else style.INK
+        return {"color": colour, "linestyle": dash}
 
 
 def paint_panels(

@@ -113,39 +113,41 @@ def coordinate(result: Result, axis: str, name: str) -> tuple[np.ndarray, list[s
     if found is None or found.values.shape != (size,):
         return np.arange(size, dtype=float), []
     positions = np.array([number_or_nan(v) for v in found.values.tolist()])
-    steps_up = np.diff(positions)
-    if np.all(np.isfinite(positions)) and (np.all(steps_up > 0) or np.all(steps_up < 0)):
+    apart = np.diff(positions)
+    named = axis.startswith("step")  # saved at growing intervals as a rule: cells of one width
+    if not named and np.all(np.isfinite(positions)) and (np.all(apart > 0) or np.all(apart < 0)):
         return positions, []
-    return np.arange(size, dtype=float), [str(v) for v in found.values.tolist()]
+    return np.arange(size, dtype=float), [step_text(v) for v in found.values.tolist()]
 
 
-def axis_label(result: Result, axis: str) -> str:
-    """The label of an axis, its name where the result has no such array."""
+def axis_label(result: Result, axis: str, inches: float) -> str:
+    """The label of an axis that is so long; its name where the result has no such array."""
     found = result.arrays.get(axis)
-    return style.label(found, axis) if found is not None else axis
+    return style.label(found, axis, inches) if found is not None else axis
 
 
-def shared_scale(panels: Sequence[Plane], *, log: bool, clip_decades: float = 6.0) -> Scale:
-    """One range for all panels. A logarithmic one that would explode is cut, and says so.
+DECADES = 6.0
+"""A range of more decades than that is cut around its median."""
 
-    Args:
-        panels: What will be shown.
-        log: Whether values are drawn by their logarithm; needs them positive.
-        clip_decades: More decades than that are cut to those of the lower nine tenths of the points:
-            a plane that leaves the domain of a network by 1e30 has its basin in one contour line.
+
+def shared_scale(panels: Sequence[Plane], *, log: bool) -> Scale:
+    """One range for all panels; logarithmic if wanted and no value is negative.
+
+    A network that explodes at the rim (1e30) or fits perfectly at one point (1e-12) would press all
+    else into one colour, so a logarithmic range of many decades is cut, and the figure says so.
     """
     from matplotlib.colors import LogNorm, Normalize
 
     values = np.concatenate([p.z[np.isfinite(p.z)] for p in panels])
-    positive = values[values > 0]
-    log = log and positive.size > 0 and values.min() >= 0
-    values = positive if log else values
+    log = log and bool(values.min() >= 0) and bool(values.max() > 0)
+    values = values[values > 0] if log else values
     low, high, clipped = float(values.min()), float(values.max()), ""
-    if log and high / low > 10**clip_decades:
-        top = float(np.quantile(values, 0.9))
-        if top > low:
-            clipped = f"values above {style.number(float(f'{top:.1e}'))} clipped (largest {style.number(high)})"
-            high = top
+    if log and high / low > 10**DECADES:
+        middle = float(np.median(values))
+        kept = values[(values >= middle * 10**-DECADES) & (values <= middle * 10 ** (DECADES / 2))]
+        if kept.min() > low or kept.max() < high:
+            clipped = f"colours and levels clipped, values reach {_rounded(low)} to {_rounded(high)}"
+        low, high = float(kept.min()), float(kept.max())
     if high == low:
         high = low + (abs(low) or 1.0) * 1e-6
     norm = LogNorm(low, high) if log else Normalize(low, high)
@@ -153,8 +155,14 @@ def shared_scale(panels: Sequence[Plane], *, log: bool, clip_decades: float = 6.
     return Scale(low, high, norm, style.sequential(256), levels, log, clipped)
 
 
-def grid(figure: Figure, n_panels: int, n_columns: int, aspect: float, extra: float = 0.0) -> list[Any]:
-    """Size the figure and return `(row, column, index)` places for that many panels.
+def _rounded(value: float) -> str:
+    return style.number(float(f"{value:.1e}"))
+
+
+def grid(
+    figure: Figure, n_panels: int, n_columns: int, aspect: float, extra: float = 0.0
+) -> tuple[list[tuple[int, int, int]], float]:
+    """Size the figure for small multiples.
 
     Args:
         figure: An empty figure.
@@ -162,12 +170,15 @@ def grid(figure: Figure, n_panels: int, n_columns: int, aspect: float, extra: fl
         n_columns: How many to a row.
         aspect: Height over width of a panel.
         extra: Inches on the right that a colour bar takes.
+
+    Returns:
+        `(rows, columns, index)` of each panel, and the width of one in inches.
     """
     rows = -(-n_panels // n_columns)
     width = style.SINGLE if n_columns == 1 else style.DOUBLE
     panel = (width - 0.62 - extra - 0.24 * (n_columns - 1)) / n_columns
-    style.set_size(figure, width, rows * (panel * aspect + 0.22) + 0.62)
-    return [(rows, n_columns, i) for i in range(n_panels)]
+    style.set_size(figure, width, rows * (panel * aspect + 0.24) + 0.62)
+    return [(rows, n_columns, i) for i in range(n_panels)], panel
 
 
 def columns_for(n_pieces: int, n_rows_of_variables: int) -> int:

@@ -117,7 +117,8 @@ def figure_path(request: Request, plan: Plan, report: Path) -> Path | None:
 
 def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
     """What would make the results unwritable is said before hours are spent on them."""
-    from dynprobe.io.report import check_writable, read_report
+    from dynprobe.io.atomic import check_writable
+    from dynprobe.io.report import read_report
 
     check_writable(report)
     if figure := figure_path(request, plan, report):
@@ -173,25 +174,16 @@ def provenance(request: Request, plan: Plan) -> dict[str, Any]:
     }
     if request.shard:
         attributes["shard"] = request.shard
-    if plan.declaration.wants("batches"):
-        attributes |= _data_facts(plan)
+    dataset = plan.prepared[0].dataset
+    if dataset is not None and plan.declaration.wants("batches"):
+        attributes |= {
+            "data": dataset.source,
+            "n_samples": dataset.n_samples,
+            "n_samples_of": dataset.n_total,
+        }
+        if not dataset.targets.is_floating_point() and dataset.targets.ndim == 1:
+            attributes["n_classes"] = int(dataset.targets.max()) + 1
     return attributes
-
-
-def _data_facts(plan: Plan) -> dict[str, Any]:
-    """Sizes of the data, and the number of classes where targets are class labels."""
-    batches = plan.prepared[0].run.setup.batches
-    facts: dict[str, Any] = {
-        "n_samples": batches.n_samples,
-        "n_samples_of": batches.n_total,
-        "data": batches.source,
-    }
-    classes = 0
-    for _, targets in batches:
-        if not hasattr(targets, "is_floating_point") or targets.is_floating_point() or targets.ndim != 1:
-            return facts
-        classes = max(classes, int(targets.max()) + 1)
-    return facts | {"n_classes": classes}
 
 
 def _finish(

@@ -30,6 +30,12 @@ class PreparedRun:
     chosen: list[Checkpoint]
     notes: list[str]
     specs: Specs
+    shared: SharedData
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """Its data, if anything says which."""
+        return self.shared.dataset(self.specs.data) if self.specs.data else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def prepare(request: Request, shared: SharedData | None = None) -> list[Prepared
     for sequence in sequences:
         specs = Specs.of(request, sequence)
         run = Run(sequence.name, sequence.checkpoints, _setup(request, specs, shared))
-        prepared.append(PreparedRun(run, sequence.select(request.steps), list(sequence.notes), specs))
+        prepared.append(PreparedRun(run, sequence.select(request.steps), list(sequence.notes), specs, shared))
     return prepared
 
 

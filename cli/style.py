@@ -52,6 +52,7 @@ _RC = {
     "legend.handlelength": 1.6,
     "legend.columnspacing": 1.2,
     "hatch.linewidth": 0.4,
+    "axes.prop_cycle": f"cycler('color', {list(CATEGORIES)})",
     "figure.constrained_layout.w_pad": 0.03,
     "figure.constrained_layout.h_pad": 0.03,
     "savefig.dpi": 300,
@@ -95,11 +96,11 @@ def number(value: float, _position: int = 0) -> str:
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
-def label(array: Array, name: str, width: int = 46) -> str:
-    """An axis label: the long name and the units, in lines of at most `width` characters."""
+def label(array: Array, name: str, inches: float = 1.9) -> str:
+    """An axis label, the long name and the units, wrapped for an axis of that length."""
     text = array.long_name or name.replace("_", " ")
     units = f" ({array.units})" if array.units not in ("", "1") else ""
-    return escaped("\n".join(textwrap.wrap(text + units, width)))
+    return escaped("\n".join(textwrap.wrap(text + units, max(12, int(inches * 19.5)))))
 
 
 def sequential(n: int) -> ListedColormap:
@@ -178,7 +179,7 @@ def add_footnote(figure: Figure, sentences: Sequence[str]) -> None:
     size, (width, height) = 5.0, figure.get_size_inches()
     per_line = int(width * 72 / (0.545 * size))
     lines = textwrap.wrap(" · ".join(s for s in sentences if s), per_line)
-    room = (len(lines) * 1.3 * size + 4) / 72
+    room = (len(lines) * 1.3 * size + 6) / 72
     figure.set_size_inches(width, height + room)
     share = room / (height + room)
     engine = figure.get_layout_engine()
@@ -186,7 +187,7 @@ def add_footnote(figure: Figure, sentences: Sequence[str]) -> None:
         engine.set(rect=(0, share, 1, 1 - share))
     figure.text(
         0.02 * SINGLE / width,
-        share * 0.9,
+        share * (1 - 4 / (72 * room)),
         escaped("\n".join(lines)),
         fontsize=size,
         color=GREY,

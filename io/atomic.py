@@ -152,3 +152,22 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Find out now, not after hours, that a file cannot be written; its folder is made if need be.
+
+    Raises:
+        CannotWrite: If the folder cannot be made or written to, or `path` is a folder.
+    """
+    target = Path(os.path.realpath(path))
+    with explained(path):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.with_name(f".{target.name[:100]}.{_HOST}-{os.getpid()}-{next(_COUNTER)}.tmp")
+        try:
+            _write(probe, b"", mode=0o600)
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)

@@ -263,4 +263,4 @@ def _bytes(tensor: Tensor) -> memoryview:
     """The values as they lie in memory, without a copy."""
     import torch
 
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data  # type: ignore[no-any-return]

@@ -76,15 +76,20 @@ def _build(path: Path, architecture: str, overrides: dict[str, Any]) -> nn.Modul
     kind: Any = getattr(known, architecture, None) if architecture else known.AutoModel
     if kind is known.AutoModel:
         model = kind.from_config(config, dtype=torch.float32)
-    elif isinstance(kind, type) and issubclass(kind, known.PreTrainedModel):
+    elif _is_model(kind, known):
         model = kind._from_config(config, dtype=torch.float32)
     else:
         raise WrongModel(
-            f"{shown(path)}: transformers {known.__version__} has no architecture {architecture!r}.",
+            f"{shown(path)}: transformers {known.__version__} has no model {architecture!r}.",
             "Code that comes with a model is not run; build it yourself: --model file.py:callable.",
         )
     model.register_forward_hook(_tensor_output)
     return model  # type: ignore[no-any-return]
+
+
+def _is_model(kind: Any, library: Any) -> bool:
+    """`architectures` is text from a file: only model classes may be called by it."""
+    return isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)
 
 
 def _tensor_output(_module: nn.Module, _inputs: object, output: Any) -> Any:

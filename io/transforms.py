@@ -34,9 +34,9 @@ def transform(samples: Samples, args: Mapping[str, Any], source: str) -> Samples
 
     Args:
         samples: What was read; changed in place.
-        args: `limit` (keep the first so many samples); `add_channel` (`(n, h, w)` to `(n, 1, h, w)`); `scale`
-            (multiply; `"1/255"` is a number too), `mean` (subtract) and `std` (divide), each one number or one
-            per channel; `flatten` (to `(n, features)`).
+        args: `limit` (keep the first so many samples); `add_channel` (`(n, h, w)` to `(n, 1, h, w)`);
+            `scale` (multiply; `"1/255"` is a number too), `mean` (subtract) and `std` (divide), each one
+            number or one per channel; `flatten` (to `(n, features)`).
         source: The data, as messages name it.
 
     Raises:

@@ -16,7 +16,7 @@ Mask = NDArray[np.bool_]
 
 
 def symmetric_axis(n: int, span: float) -> Floats:
-    """n evenly spaced points on [−span, span], the middle one exactly 0.
+    """Evenly spaced points on [−span, span], the middle one of the n exactly 0.
 
     Raises:
         ValueError: If n is even (no point would be 0; the neighbours are named), below 3, or span is not
@@ -24,11 +24,12 @@ def symmetric_axis(n: int, span: float) -> Floats:
     """
     if n < 3 or n % 2 == 0:
         raise ValueError(
-            f"{n} points on an axis leave none at 0, where the checkpoint is: use {max(n - 1, 3)} or {max(n, 2) + 1}."
+            f"{n} points on an axis leave none at 0, where the checkpoint is: "
+            f"use {max(n - 1, 3)} or {max(n + 1, 5)}."
         )
     _require_positive(span)
     half = n // 2
-    axis: Floats = span * np.arange(-half, half + 1) / half
+    axis: Floats = span * (np.arange(-half, half + 1) / half)
     return axis
 
 
@@ -49,16 +50,18 @@ def interpolation_axis(n: int, span: float) -> Floats:
             return np.arange(-round(outside), steps + round(outside) + 1) / steps
         if steps > 100 * n:
             break
-    raise ValueError(f"no even spacing hits 0, 1 and both ends of a span of {span:g}: use a multiple of 0.25.")
+    raise ValueError(
+        f"no even spacing hits 0, 1 and both ends of a span of {span:g}: use a multiple of 0.25."
+    )
 
 
 def covering_axis(low: float, high: float, n: int, margin: float = 0.15) -> Floats:
-    """n evenly spaced points that cover [low, high] and 0 with a margin to each side, one of them exactly 0."""
+    """Evenly spaced points that cover [low, high] and 0 with a margin on each side, one of them exactly 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     width = (high - low) or 1.0
     step = width * (1 + 2 * margin) / (n - 1)
     first = round((low - margin * width) / step)
-    axis: Floats = step * np.arange(first, first + n)
+    axis: Floats = step * np.arange(first, first + n, dtype=np.float64)
     return axis
 
 
@@ -138,14 +141,14 @@ def refine(
         wrong = evaluated & fresh & ~(_error(predicted, value, evaluated) <= tol)
         value[fresh & ~evaluated] = predicted[fresh & ~evaluated]
         wanted = _around(wrong, rows, columns)
-    return _held_out(ask, value, evaluated, tol, np.random.default_rng(seed), n_heldout)
+    ask(np.isnan(value))
+    return _held_out(ask, value, evaluated, np.random.default_rng(seed), n_heldout)
 
 
 def _held_out(
     ask: Callable[[Mask], None],
     value: Floats,
     evaluated: Mask,
-    tol: float,
     generator: np.random.Generator,
     n_heldout: int,
 ) -> Refined:
@@ -209,10 +212,13 @@ def _interpolated(value: Floats, rows: NDArray[np.intp], columns: NDArray[np.int
         return np.full(value.shape, np.nan)
     logarithmic = _positive(lattice)
     filled = np.where(finite, lattice, lattice[finite].max())
-    spline = _spline(_spline(np.log(filled) if logarithmic else filled, rows, value.shape[0], 0), columns, value.shape[1], 1)
+    spline = _spline(np.log(filled) if logarithmic else filled, rows, value.shape[0], 0)
+    spline = _spline(spline, columns, value.shape[1], 1)
     with np.errstate(over="ignore"):
         result = np.exp(spline) if logarithmic else spline
-    result[_around(~_spread(finite, rows, columns, value.shape), rows, columns)] = np.nan
+    holes = _lattice(value.shape, rows, columns)
+    holes[np.ix_(rows, columns)] = ~finite
+    result[_around(holes, rows, columns)] = np.nan
     return result
 
 
@@ -223,40 +229,16 @@ def _spline(values: Floats, places: NDArray[np.intp], size: int, axis: int) -> F
     return spline
 
 
-def _spread(finite: Mask, rows: NDArray[np.intp], columns: NDArray[np.intp], shape: tuple[int, int]) -> Mask:
-    whole = np.ones(shape, dtype=np.bool_)
-    whole[np.ix_(rows, columns)] = finite
-    return whole
-
-
 def _around(points: Mask, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Mask:
     """All indices within one lattice spacing of a marked point."""
     mask = np.zeros(points.shape, dtype=np.bool_)
     reach_y = int(np.diff(rows).max(initial=0))
     reach_x = int(np.diff(columns).max(initial=0))
     for row, column in np.argwhere(points):
-        mask[max(row - reach_y, 0) : row + reach_y + 1, max(column - reach_x, 0) : column + reach_x + 1] = True
+        mask[max(row - reach_y, 0) : row + reach_y + 1, max(column - reach_x, 0) : column + reach_x + 1] = (
+            True
+        )
     return mask
-
-
-def interpolate_like(value: Floats, evaluated: Mask) -> Floats:
-    """Fills the points that were not evaluated linearly from their row's and column's evaluated neighbours."""
-    if evaluated.all():
-        return value
-    filled = [_fill_rows(value, evaluated), _fill_rows(value.T, evaluated.T).T]
-    mean: Floats = np.where(np.isnan(filled[0]), filled[1], np.where(np.isnan(filled[1]), filled[0], 0.0))
-    both = ~np.isnan(filled[0]) & ~np.isnan(filled[1])
-    mean[both] = (filled[0][both] + filled[1][both]) / 2
-    return np.where(evaluated, value, mean)
-
-
-def _fill_rows(value: Floats, evaluated: Mask) -> Floats:
-    filled = np.full(value.shape, np.nan)
-    everywhere = np.arange(value.shape[1])
-    for row, known in enumerate(evaluated):
-        if known.sum() > 1:
-            filled[row] = np.interp(everywhere, everywhere[known], value[row, known], left=np.nan, right=np.nan)
-    return filled
 
 
 def slice_curvature(value: Floats, y: Floats | None, x: Floats) -> tuple[Floats, Floats]:

@@ -1,0 +1,140 @@
+"""Fills a grid over a surface row by row; a finished row survives a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynprobe.analyzers.numerics.evaluate import call
+from dynprobe.analyzers.numerics.grid import Refined, refine
+from dynprobe.analyzers.numerics.losses import Loss
+from dynprobe.analyzers.numerics.surface import Surface
+
+Floats = NDArray[np.float64]
+Table = dict[str, Floats]
+Progress = Callable[[int, int, str], None]
+
+
+class Meter:
+    """Counts points done across all parts of a measurement.
+
+    Args:
+        progress: `progress(done, total, what)`, or None.
+        total: Points in all.
+    """
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, points: int, what: str) -> None:
+        """So many points more are done."""
+        self._done += points
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, what)
+
+
+class Sampler:
+    """Evaluates a surface on a grid; rows go to and come from the store of parts.
+
+    A row's numbers do not depend on which rows were found, so a resumed surface equals an uninterrupted one.
+
+    Args:
+        surface: What to evaluate; made only when a row is really missing.
+        name: Of this surface among the parts.
+        x: Coordinates along the first direction.
+        y: Along the second; `[0.0]` on a line.
+        partial: The store of parts, or None.
+        meter: Told of every row.
+    """
+
+    def __init__(
+        self, surface: Callable[[], Surface], name: str, x: Floats, y: Floats, partial: Any, meter: Meter
+    ) -> None:
+        self._make, self._surface = surface, None
+        self._name, self._x, self._y = name, x, y
+        self._partial, self._meter = partial, meter
+        self._round = 0
+        self.table: Table = {}
+        self.forwards = 0
+
+    @property
+    def surface(self) -> Surface:
+        """The surface, made once."""
+        if self._surface is None:
+            self._surface = self._make()
+        return self._surface
+
+    def fill(self, tol: float = 0.0, seed: int = 0) -> Refined:
+        """Evaluates the loss everywhere, or where `refine` asks; other metrics stay NaN elsewhere."""
+        found = refine(self._evaluate, (len(self._y), len(self._x)), tol, seed=seed)
+        self.table["loss"] = found.value
+        return found
+
+    def _evaluate(self, mask: NDArray[np.bool_]) -> Floats:
+        for row in np.flatnonzero(mask.any(axis=1)):
+            columns = np.flatnonzero(mask[row])
+            for name, values in self._row(int(row), columns).items():
+                if name == "forwards":
+                    self.forwards += round(float(values))
+                    continue
+                self.table.setdefault(name, np.full(mask.shape, np.nan))[row, columns] = values
+            self._meter.add(len(columns), "grid points")
+        self._round += 1
+        return self.table["loss"].copy()
+
+    def _row(self, row: int, columns: NDArray[np.intp]) -> dict[str, Any]:
+        part = f"{self._name}-{self._round}-{row}"
+        stored: dict[str, Any] | None = self._partial.get(part) if self._partial is not None else None
+        if stored is not None:
+            return stored
+        before = self.surface.forwards
+        found: dict[str, Any] = dict(self.surface.row(float(self._y[row]), self._x[columns].tolist()))
+        found["forwards"] = np.array(self.surface.forwards - before)
+        if self._partial is not None:
+            self._partial.put(part, found)
+        return found
+
+
+def chosen_metrics(text: str, batches: Any, loss: Loss, model: Any) -> list[str]:
+    """The metrics named in "loss,accuracy"; for "auto" the loss, and accuracy where targets are classes.
+
+    Raises:
+        ValueError: If a name is not known, or the loss is left out.
+    """
+    if text != "auto":
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in ("loss", "accuracy")]
+        if unknown or not names:
+            raise ValueError(f"metrics are loss and accuracy, separated by a comma, not {text!r}")
+        return ["loss", *(["accuracy"] if "accuracy" in names else [])]
+    return ["loss", "accuracy"] if _targets_are_classes(batches, loss, model) else ["loss"]
+
+
+def _targets_are_classes(batches: Any, loss: Loss, model: Any) -> bool:
+    import torch
+
+    inputs, targets = next(iter(batches))
+    if targets.is_floating_point() and loss.name != "bce_with_logits":
+        return False
+    try:
+        with torch.inference_mode():
+            loss.accuracy(call(model, inputs), targets)
+    except ValueError:
+        return False
+    return True
+
+
+def stacked(tables: Sequence[Table], squeeze: bool) -> Table:
+    """Several planes as one: values and standard errors averaged, and the spread of the loss between them.
+
+    The planes share their samples, so the mean of their standard errors is an upper bound of that of the mean.
+    """
+    table = {name: np.mean([t[name] for t in tables], axis=0) for name in tables[0]}
+    if len(tables) > 1:
+        losses = np.stack([t["loss"] for t in tables])
+        with np.errstate(invalid="ignore"):
+            table |= {"seed_loss": losses, "loss_spread": losses.std(axis=0, ddof=1)}
+    return {name: values[..., 0, :] if squeeze else values for name, values in table.items()}
