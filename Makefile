@@ -23,7 +23,8 @@ check: $(VENV)/installed  ## ruff (style and docstrings) and mypy --strict
 	@mkdir -p $(TYPING)
 	@for part in cli analyzers io; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/$$part; done
 	@for part in _pkg/*; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/; done
-	MYPYPATH=build/typing $(BIN)/mypy --package dynprobe --cache-dir build/mypy
+	@# not from here: mypy would take the folder io/ for the standard library's
+	cd build/typing && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --package dynprobe --cache-dir ../mypy
 
 format: $(VENV)/installed  ## put the code into the one format
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +64,8 @@ def resolve_normalize(directions: str, normalize: Normalize) -> Normalization:
     """
     if directions.startswith("to:") and normalize not in ("auto", "none"):
         raise BadOption(
-            f"normalize {normalize} with directions {directions} would rescale the path so that it misses the "
-            "other checkpoint.",
+            f"normalize {normalize} with directions {directions} would rescale the path, which then "
+            "misses the other end.",
             "Leave the option out.",
         )
     if normalize == "auto":
@@ -74,7 +75,8 @@ def resolve_normalize(directions: str, normalize: Normalize) -> Normalization:
 
 def random_plane(model: nn.Module, dims: int, *, seed: int, kind: Normalization, ignore_1d: bool) -> Plane:
     """Gaussian directions scaled to the network's filters (Li et al. 2018)."""
-    return _measured(Plane(random_directions(model, dims, seed=seed, normalize=kind, ignore_1d=ignore_1d)))
+    directions = random_directions(model, dims, seed=seed, normalize=kind, ignore_1d=ignore_1d)
+    return _measured(Plane(directions, {"direction_seed": seed}))
 
 
 def checkpoint_seed(seed: int, step: Any) -> int:
@@ -112,7 +114,8 @@ def pca_plane(run: Any, model: nn.Module, dims: int, *, kind: Normalization) -> 
     pca, axes, left_out = run.cached(("landscape pca", dims), lambda: _run_axes(run, names, dims))
     if len(axes) < dims:
         raise BadOption(
-            f"the run has too few distinct checkpoints for {dims} principal axes.", "Use dims 1 or more checkpoints."
+            f"the run has too few distinct checkpoints for {dims} principal axes.",
+            "Use dims 1 or more checkpoints.",
         )
     like = weight_parameters(model)
     directions = [{name: axis[name].to(like[name]) for name in names} for axis in axes]
@@ -157,7 +160,7 @@ def trajectory_axes(
     last = {name: tensor.detach().clone() for name, tensor in load(len(steps) - 1).items() if name in names}
     gram = trajectory_gram(load, len(steps), last, names)
     times = [float(s) for s in steps if s is not None]
-    known = len(times) == len(steps) and all(a < b for a, b in zip(times, times[1:], strict=False))
+    known = len(times) == len(steps) and all(a < b for a, b in itertools.pairwise(times))
     pca = principal_axes(gram, n_components, steps=times if known else None, center=center)
     return pca, axis_directions(load, pca, last, names)
 

@@ -53,7 +53,8 @@ class Sampler:
     def __init__(
         self, surface: Callable[[], Surface], name: str, x: Floats, y: Floats, partial: Any, meter: Meter
     ) -> None:
-        self._make, self._surface = surface, None
+        self._make = surface
+        self._surface: Surface | None = None
         self._name, self._x, self._y = name, x, y
         self._partial, self._meter = partial, meter
         self._round = 0
@@ -130,7 +131,7 @@ def _targets_are_classes(batches: Any, loss: Loss, model: Any) -> bool:
 def stacked(tables: Sequence[Table], squeeze: bool) -> Table:
     """Several planes as one: values and standard errors averaged, and the spread of the loss between them.
 
-    The planes share their samples, so the mean of their standard errors is an upper bound of that of the mean.
+    The planes share their samples, so the mean of their standard errors is no less than that of the mean.
     """
     table = {name: np.mean([t[name] for t in tables], axis=0) for name in tables[0]}
     if len(tables) > 1:

@@ -123,7 +123,7 @@ def _mount() -> None:
     app.add_typer(report_app, name="report", rich_help_panel=FILES)
 
 
-_mount()
+# _mount()
 
 
 def main() -> None:

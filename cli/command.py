@@ -80,13 +80,17 @@ _HINTS = _hints()
 
 def _applies(declaration: Declaration, needs: str) -> bool:
     """Whether a shared option means anything to this analyzer: no option is accepted and ignored."""
-    if not needs:
-        return True
-    if needs == "pair":
-        return declaration.grain == "pair"
-    if needs == "model":
-        return declaration.wants("model") or declaration.grain in ("run", "group")
-    return declaration.wants(needs)
+    model = declaration.wants("model") or declaration.grain in ("run", "group")
+    batches = declaration.wants("batches")
+    special = {
+        "": True,
+        "pair": declaration.grain == "pair",
+        "model": model,
+        "code": model or batches or declaration.wants("loss"),
+        "random": batches or any(o.name == "seed" for o in declaration.options),
+        "figure": declaration.figure is not None,
+    }
+    return special[needs] if needs in special else declaration.wants(needs)
 
 
 def _flags(name: str, kind: Any) -> tuple[str, ...]:

@@ -68,7 +68,9 @@ def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, l
         panel.scale = name.removeprefix("test_")
         panel.log_y = log_y and panel.scale == names[0]
     ordered = _ordered_curves(result, names[0], axis)
-    paint_panels(figure, panels, axis, ordered=ordered, centre=bool(axis.values.min() <= 0 <= axis.values.max()))
+    paint_panels(
+        figure, panels, axis, ordered=ordered, centre=bool(axis.values.min() <= 0 <= axis.values.max())
+    )
     return list(dict.fromkeys(_band_note(result, name, None) for name in names))
 
 
@@ -101,9 +103,7 @@ def _ordered_curves(result: Result, name: str, axis: Axis) -> bool:
     return bool(result.lead) and result.lead in result.arrays[name].dims and axis.dim != result.lead
 
 
-def _panels(
-    result: Result, names: Sequence[str], axis: Axis, bounds: Mapping[str, Bounds]
-) -> list[Panel]:
+def _panels(result: Result, names: Sequence[str], axis: Axis, bounds: Mapping[str, Bounds]) -> list[Panel]:
     return [p for name in names for p in _panels_of(result, name, axis, bounds.get(name))]
 
 

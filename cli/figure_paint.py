@@ -80,7 +80,9 @@ class Look:
     def of(self, curve: Curve) -> dict[str, Any]:
         """Keyword arguments for `plot`."""
         dash = style.DASHES[self.dashes.index(curve.dash) % len(style.DASHES)]
-        colour = self.colours[self.labels.index(curve.colour)] if curve.colour or not self.several else style.INK
+        colour = (
+            self.colours[self.labels.index(curve.colour)] if curve.colour or not self.several else style.INK
+        )
         return {"color": colour, "linestyle": dash}
 
 
@@ -98,7 +100,9 @@ def paint_panels(
     """
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
-    style.set_size(figure, style.SINGLE if columns == 1 else style.DOUBLE, {1: 2.3, 2: 2.3}.get(columns, 2.0) * rows)
+    style.set_size(
+        figure, style.SINGLE if columns == 1 else style.DOUBLE, {1: 2.3, 2: 2.3}.get(columns, 2.0) * rows
+    )
     look, handles = Look(panels, ordered=ordered), dict[str, Any]()
     axes = []
     for i, panel in enumerate(panels):
@@ -131,9 +135,9 @@ def _panel(ax: Any, panel: Panel, axis: Axis, look: Look, handles: dict[str, Any
         handles[chance_text(panel.chance)] = line
     if axis.log:
         positive = axis.values[axis.values > 0]
-        ax.set_xscale("symlog", linthresh=float(positive.min()), linscale=0.3) if axis.values.min() <= 0 else (
-            ax.set_xscale("log")
-        )
+        ax.set_xscale(
+            "symlog", linthresh=float(positive.min()), linscale=0.3
+        ) if axis.values.min() <= 0 else (ax.set_xscale("log"))
         _step_ticks(ax, axis.values)
 
 
@@ -213,9 +217,7 @@ def _share_limits(group: Sequence[tuple[Any, Panel]]) -> None:
 def _legend(figure: Figure, axes: list[Any], look: Look, handles: dict[str, Any]) -> None:
     entries: dict[str, Any] = {}
     if not look.bar:
-        entries = {
-            n: _proxy(color=c) for n, c in zip(look.labels, look.colours, strict=False) if n
-        }
+        entries = {n: _proxy(color=c) for n, c in zip(look.labels, look.colours, strict=False) if n}
     if len(look.dashes) > 1:
         entries |= {
             d: _proxy(color=style.INK, linestyle=style.DASHES[i % len(style.DASHES)])
@@ -240,4 +242,4 @@ def _colour_bar(figure: Figure, axes: list[Any], look: Look) -> None:
     texts = [look.labels[i].removeprefix(shared).strip() for i in ticks]
     bar = figure.colorbar(shades, ax=axes, ticks=ticks, label=style.escaped(shared), aspect=30, pad=0.02)
     bar.ax.set_yticklabels([style.escaped(t) for t in texts])
-    bar.outline.set_linewidth(0.5)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.5)

@@ -45,19 +45,22 @@ def refuse_if_all_failed(result: Result) -> None:
 
 
 def fact(result: Result, *names: str) -> Any:
-    """The first of these facts that the result's attributes or options give, else None."""
-    options = result.attributes.get("options")
-    for source in (result.attributes, options if isinstance(options, dict) else {}):
-        for name in names:
+    """The first of these facts that attributes, options or measuring conditions give, else None."""
+    measured_on = result.attributes.get("measured_on") or {}
+    each_run = measured_on.get("of each run") or [measured_on]
+    sources = [result.attributes, result.attributes.get("options") or {}]
+    for name in names:
+        for source in sources:
             if source.get(name) not in (None, ""):
                 return source[name]
+        if len({str(conditions.get(name)) for conditions in each_run}) == 1 and each_run[0].get(name):
+            return each_run[0][name]  # runs that differ in it have no common answer
     return None
 
 
 def chance_level(result: Result, name: str) -> float | None:
-    """ln C, the cross-entropy of a uniform guess among C classes, if `name` is such a loss."""
-    classes, loss = fact(result, "n_classes"), fact(result, "loss", "loss_name")
-    loss = loss.get("name") if isinstance(loss, dict) else loss
+    """The cross-entropy ln C of a uniform guess among C classes, if `name` is such a loss."""
+    classes, loss = fact(result, "n_classes"), fact(result, "loss")
     is_cross_entropy = "loss" in name.split("_") and loss in CROSS_ENTROPIES
     return math.log(int(classes)) if is_cross_entropy and classes and int(classes) > 1 else None
 

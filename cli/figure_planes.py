@@ -11,7 +11,14 @@ import numpy as np
 from dynprobe.analyzers.core.result import Result
 from dynprobe.cli import style
 from dynprobe.cli.figure_curves import SPREAD
-from dynprobe.cli.figure_panels import MAXIMAL_PANELS, along, number_or_nan, piece_title, shown_pieces, step_text
+from dynprobe.cli.figure_panels import (
+    MAXIMAL_PANELS,
+    along,
+    number_or_nan,
+    piece_title,
+    shown_pieces,
+    step_text,
+)
 from dynprobe.io.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,7 +108,9 @@ def _dim(result: Result, axis: str, name: str) -> str:
     found = result.arrays.get(axis)
     dim = found.dims[0] if found is not None and len(found.dims) == 1 else axis
     if dim not in dims:
-        raise InputError(f"{result.analyzer}: {name} has no axis {axis!r}, it has {', '.join(dims) or 'none'}")
+        raise InputError(
+            f"{result.analyzer}: {name} has no axis {axis!r}, it has {', '.join(dims) or 'none'}"
+        )
     return dim
 
 
@@ -177,7 +186,8 @@ def grid(
     rows = -(-n_panels // n_columns)
     width = style.SINGLE if n_columns == 1 else style.DOUBLE
     panel = (width - 0.62 - extra - 0.24 * (n_columns - 1)) / n_columns
-    style.set_size(figure, width, rows * (panel * aspect + 0.24) + 0.62)
+    labels = 0.75 if panel < 1.7 else 0.65  # under narrow panels they take two lines
+    style.set_size(figure, width, rows * (panel * aspect + 0.24) + labels)
     return [(rows, n_columns, i) for i in range(n_panels)], panel
 
 
@@ -186,3 +196,10 @@ def columns_for(n_pieces: int, n_rows_of_variables: int) -> int:
     if n_rows_of_variables > 1:
         return n_rows_of_variables if n_pieces == 1 else n_pieces
     return n_pieces if n_pieces <= 4 else 3
+
+
+def dress_bar(bar: Any, scale: Scale) -> None:
+    """Ticks of a colour bar at the contour levels."""
+    bar.ax.minorticks_off()
+    bar.set_ticks(scale.levels, labels=[style.number(v) for v in scale.levels])
+    bar.outline.set_linewidth(0.5)

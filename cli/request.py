@@ -60,7 +60,7 @@ class Request:
         "--model",
         panel=WHAT,
         needs="model",
-        help="builtin:NAME, package.module:callable, file.py:callable, torchvision: or timm:NAME, hf, arch.pt2.",
+        help="builtin:NAME, module:callable, file.py:callable, torchvision:NAME, timm:NAME, hf, a.pt2.",
     )
     model_arg: list[str] = _option(
         (), "--model-arg", panel=WHAT, needs="model", help="width=16; repeat for more."
@@ -102,6 +102,7 @@ class Request:
         False,
         "--trust",
         panel=WHAT,
+        needs="code",
         help="Run code that a manifest names. What you type here is trusted anyway.",
     )
 
@@ -109,7 +110,9 @@ class Request:
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = _option(
         "float32", "--dtype", panel=HOW, needs="model", help="Floating-point type of model and data."
     )
-    seed: int = _option(0, "--seed", panel=HOW, help="Seed of everything random: subset, directions, probes.")
+    seed: int = _option(
+        0, "--seed", panel=HOW, needs="random", help="Seed of everything random: subset, directions, probes."
+    )
     workers: int = _option(1, "--workers", panel=HOW, help="Processes on this machine.")
     shard: str | None = _option(
         None,
@@ -131,11 +134,16 @@ class Request:
         None,
         "--figure",
         panel=OUT,
+        needs="figure",
         help=".png, .pdf, .svg, .html, .vts or .vtp. [default: a .png beside the report]",
     )
-    no_figure: bool = _option(False, "--no-figure", panel=OUT, help="Draw no figure.")
+    no_figure: bool = _option(False, "--no-figure", panel=OUT, needs="figure", help="Draw no figure.")
     style: str = _option(
-        "", "--style", panel=OUT, help="How to draw it; for surfaces contour, filled, surface."
+        "",
+        "--style",
+        panel=OUT,
+        needs="figure",
+        help="How to draw it; for surfaces contour, filled, surface.",
     )
     format: Format = _option("table", "--format", panel=OUT, help="What goes to stdout.")
     quiet: bool = _option(False, "--quiet", "-q", panel=OUT, help="Only errors on stderr.")

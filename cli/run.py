@@ -44,7 +44,9 @@ def run(request: Request) -> int:
     plan = make_plan(request)
     if not request.quiet:
         for prepared in plan.prepared:
-            for text in prepared.notes:
+            for text in prepared.warnings:
+                errors.warn(f"{prepared.run.name}: {text}")
+            for text in prepared.notes if request.verbose else ():
                 errors.note(f"{prepared.run.name}: {text}")
     if request.dry_run:
         from dynprobe.cli.dry_run import show_plan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynprobe.analyzers.core.workspace import CheckpointLike, Run, Setup, State
 from dynprobe.io.errors import InputError
-from dynprobe.io.manifest import EXAMPLE, Manifest, Spec, find_manifest, merge_spec, parse_args
+from dynprobe.io.manifest import EXAMPLE, Manifest, Spec, merge_spec, parse_args
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ class PreparedRun:
     run: Run
     chosen: list[Checkpoint]
     notes: list[str]
+    warnings: list[str]
     specs: Specs
     shared: SharedData
 
@@ -52,7 +53,7 @@ class Specs:
     @classmethod
     def of(cls, request: Request, sequence: Checkpoints) -> Specs:
         """Command line first, then the manifest, then what the format itself says."""
-        manifest = find_manifest(sequence.root)
+        manifest = sequence.manifest
         model = merge_spec(request.model, parse_args(request.model_arg), manifest.model, "--model")
         if model is None or model.name == "hf":
             model = _from_config(sequence, model)
@@ -117,7 +118,16 @@ def prepare(request: Request, shared: SharedData | None = None) -> list[Prepared
     for sequence in sequences:
         specs = Specs.of(request, sequence)
         run = Run(sequence.name, sequence.checkpoints, _setup(request, specs, shared))
-        prepared.append(PreparedRun(run, sequence.select(request.steps), list(sequence.notes), specs, shared))
+        prepared.append(
+            PreparedRun(
+                run,
+                sequence.select(request.steps),
+                list(sequence.notes),
+                list(sequence.warnings),
+                specs,
+                shared,
+            )
+        )
     return prepared
 
 

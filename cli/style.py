@@ -100,7 +100,9 @@ def label(array: Array, name: str, inches: float = 1.9) -> str:
     """An axis label, the long name and the units, wrapped for an axis of that length."""
     text = array.long_name or name.replace("_", " ")
     units = f" ({array.units})" if array.units not in ("", "1") else ""
-    return escaped("\n".join(textwrap.wrap(text + units, max(12, int(inches * 19.5)))))
+    width = max(12, int(inches * 20.5))
+    lines = [text + units] if len(text + units) <= width else [text, units.strip()]
+    return escaped("\n".join(piece for line in lines for piece in textwrap.wrap(line, width)))
 
 
 def sequential(n: int) -> ListedColormap:
@@ -142,7 +144,14 @@ def nice_levels(low: float, high: float, count: int = 14) -> np.ndarray:
         return np.array([])
     if low > 0 and high / low > 3:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        for mantissas in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        for mantissas in (
+            (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+            (1, 1.5, 2, 3, 5, 7),
+            (1, 2, 3, 5),
+            (1, 2, 5),
+            (1, 3),
+            (1,),
+        ):
             decades = range(first, last + 1)
             levels = np.array([float(f"{m}e{e}") for e in decades for m in mantissas])
             levels = levels[(levels > low) & (levels < high)]
@@ -182,7 +191,7 @@ def add_footnote(figure: Figure, sentences: Sequence[str]) -> None:
     room = (len(lines) * 1.3 * size + 6) / 72
     figure.set_size_inches(width, height + room)
     share = room / (height + room)
-    engine = figure.get_layout_engine()
+    engine: Any = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0, share, 1, 1 - share))
     figure.text(

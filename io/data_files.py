@@ -61,7 +61,8 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     import numpy as np
     import torch
 
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here because np.load leaves a damaged file open.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 

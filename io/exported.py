@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynprobe.io.errors import WrongModel
 from dynprobe.io.spec import shown
@@ -42,7 +43,19 @@ def load_exported(path: Path) -> nn.Module:
     # These instance attributes raise, although the program is the same in both modes.
     for name in ("train", "eval"):
         vars(module).pop(name, None)
+    # torch makes a class per program, and a new one for each copy from the same base.
+    kind = type(module)
+    kind.__bases__ = (type("ExportedModel", (_QuietCopy, *kind.__bases__), {}),)
     return module
+
+
+class _QuietCopy:
+    """Copies without torch's remark on one of its own classes that is about to be renamed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            return super().__deepcopy__(memo)  # type: ignore[misc]
 
 
 def _check_batch(path: Path, program: ExportedProgram) -> None:

@@ -71,9 +71,12 @@ def fit_state(
         for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, torch.Tensor)
     }
-    given, notes = _rename(expected, _without_ignored(model, state), where)
-    given = _complete(expected, given, notes)
-    problems = _problems(expected, given)
+    given, notes = _rename(expected, state, where)
+    given = _without_ignored(model, expected, given)
+    problems = _nothing_in_common(expected, given)
+    if not problems:
+        given = _complete(expected, given, notes)
+        problems = _problems(expected, given)
     if problems:
         shown = problems[:_MAX_LINES]
         if len(problems) > len(shown):
@@ -83,15 +86,16 @@ def fit_state(
     return {name: given[name] for name in expected}, notes
 
 
-def _without_ignored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_ignored(
+    model: nn.Module, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Without entries that are no weights, and those that a transformers model says may be left over."""
     patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    own = set(model.state_dict())
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if name in own or not (name.endswith("_extra_state") or any(p.search(name) for p in patterns))
-    }
+
+    def ignored(name: str) -> bool:
+        return name.endswith("_extra_state") or any(pattern.search(name) for pattern in patterns)
+
+    return {name: tensor for name, tensor in given.items() if name in expected or not ignored(name)}
 
 
 def _rename(
@@ -176,15 +180,19 @@ def _tied(expected: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
+def _nothing_in_common(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    if not expected or any(name in given for name in expected):
+        return []
+    return [
+        f"none of the model's {len(expected)} names is in the checkpoint. "
+        f"The model has {shortlist(expected, 4)}; the checkpoint has {shortlist(given, 4)}."
+    ]
+
+
 def _problems(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """One line for each thing that does not fit; empty if all does."""
     missing = [name for name in expected if name not in given]
     unknown = [name for name in given if name not in expected]
-    if len(missing) == len(expected):
-        return [
-            f"none of the model's {len(expected)} names is in the checkpoint. "
-            f"The model has {shortlist(expected, 4)}; the checkpoint has {shortlist(given, 4)}."
-        ]
     lines = [_misshapen(name, given[name], tensor) for name, tensor in expected.items() if name in given]
     lines += [f"{name!r} is missing{_near(name, unknown, 'the checkpoint')}." for name in missing]
     lines += [f"{name!r} is not in the model{_near(name, missing, 'the model')}." for name in unknown]

@@ -31,30 +31,47 @@ NO_COORDINATE = "This is a netCDF dimension but not a netCDF variable.{:10d}"
 NOT_A_COORDINATE = "_nc4_non_coord_"
 
 
+SEAL = b"dynprobe sealed\n"
+"""Stands after the last byte HDF5 knows of (which HDF5 ignores), followed by the SHA-256 of what is before."""
+
+
 def image(build: Callable[[h5py.File], None]) -> bytes:
-    """The bytes of the HDF5 file that `build` fills; equal contents give equal bytes."""
+    """The bytes of the HDF5 file that `build` fills, sealed; equal contents give equal bytes."""
     name = uuid.uuid4().hex  # two open files of one name would be taken for the same file
     with h5py.File(name, "w", driver="core", backing_store=False, libver=LIBVER) as file:
         build(file)
         file.flush()
-        return bytes(file.id.get_file_image())
+        content = bytes(file.id.get_file_image())
+    return content + SEAL + hashlib.sha256(content).digest()
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """A file open for reading, even where another process holds a lock on it.
+def opened(path: Path, *, sealed: bool = False) -> Iterator[h5py.File]:
+    """A file open for reading, whatever locks other processes hold on it.
+
+    The seal is checked before the HDF5 library sees a byte: a flipped bit in its text heap, which has
+    no checksum of its own, can send the library into an endless loop.
+
+    Args:
+        path: The file.
+        sealed: Whether a file without seal is damaged. One that another program has added to has
+            lost its seal and is still a report.
 
     Raises:
         InputError: If there is no such file, or it may not be read.
         DamagedReport: If it is not a whole HDF5 file, or reading fails inside the block.
     """
     try:
-        file = _open(path)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file.", "Is the path right?") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if not _is_whole(content, sealed):
+        raise DamagedReport(f"{path}: is damaged: its contents do not match its checksum")
+    try:
+        file = h5py.File(h5py.h5f.open_file_image(content))
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     with file:
         try:
@@ -65,13 +82,11 @@ def opened(path: Path) -> Iterator[h5py.File]:
             raise _damaged(path, error) from error
 
 
-def _open(path: Path) -> h5py.File:
-    with path.open("rb"):
-        pass  # a missing or forbidden file is told apart by the plain error
-    try:
-        return h5py.File(path, "r")
-    except OSError:  # a writer's lock, or a file system without locks
-        return h5py.File(path, "r", locking=False)
+def _is_whole(content: bytes, sealed: bool) -> bool:
+    end = len(content) - len(SEAL) - hashlib.sha256().digest_size
+    if content[end : end + len(SEAL)] != SEAL:
+        return not sealed
+    return hashlib.sha256(memoryview(content)[:end]).digest() == content[end + len(SEAL) :]
 
 
 def _damaged(path: Path, error: Exception) -> DamagedReport:

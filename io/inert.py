@@ -9,21 +9,19 @@ is scanned before it runs, so that it cannot make the unpickler itself allocate 
 from __future__ import annotations
 
 import pickle
-import pickletools
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any
 
 from dynprobe.io.errors import UnreadableCheckpoint
+from dynprobe.io.inert_numpy import NumpyArray, NumpyDtype
+from dynprobe.io.pickle_scan import scan_pickle
 from dynprobe.io.tensor_refs import ITEM_SIZE, STORAGE_DTYPE, StorageRef, TensorRef, checked_tensor
 
-MAX_OPCODES = 20_000_000
 MAX_GLOBALS = 10_000
 # Elements that allow-listed calls may copy in total: stops quadratic growth from one list copied many times.
 MAX_COPIED = 50_000_000
 
-_EXTENSION_OPCODES = {"EXT1", "EXT2", "EXT4"}
-_MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 _SHARD_CLASSES = {"DTensor", "ShardedTensor"}
 
 FindStorage = Callable[[tuple[Any, ...]], object]
@@ -42,6 +40,10 @@ class Stub:
 
     __slots__ = ("arguments", "elements", "entries", "state")
     qualified_name = ""
+    arguments: tuple[object, ...]
+    state: object
+    entries: dict[Any, object]
+    elements: list[object]
 
     def __new__(cls, *arguments: object, **keywords: object) -> Stub:
         """Make the stub; the arguments are stored, whatever they are."""
@@ -91,7 +93,7 @@ class Stub:
 
 
 class PlainMapping(dict[Any, Any]):
-    """What an `OrderedDict` becomes: ordered as every dict, and without attributes that a pickle could set."""
+    """What an `OrderedDict` becomes: ordered as every dict, without attributes that a pickle could set."""
 
     __slots__ = ()
 
@@ -115,6 +117,7 @@ class _Call:
     """An allow-listed function: can be called, and nothing can be set on it."""
 
     __slots__ = ("_function",)
+    _function: Callable[..., object]
 
     def __init__(self, function: Callable[..., object]) -> None:
         object.__setattr__(self, "_function", function)
@@ -244,7 +247,15 @@ class InertUnpickler(pickle.Unpickler):
         return checked_tensor(self._where, storage, storage.dtype, offset, shape, stride)
 
     def _tensor_of_dtype(
-        self, storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: object
+        self,
+        storage: Any,
+        offset: Any,
+        shape: Any,
+        stride: Any,
+        _grad: Any,
+        _hooks: Any,
+        dtype: Any,
+        *_: object,
     ) -> TensorRef:
         if not isinstance(storage, StorageRef):
             raise pickle.UnpicklingError("a tensor without a storage")
@@ -283,51 +294,6 @@ class InertUnpickler(pickle.Unpickler):
         return NumpyDtype(code)
 
 
-class NumpyDtype:
-    """A numpy dtype's letter code and byte order, as pickled."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: object) -> None:
-        self.code = code if isinstance(code, str) else ""
-        self.order = "<"
-
-    def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        self.order = order if order in ("<", ">", "|", "=") else "<"
-
-
-class NumpyArray:
-    """A pickled numpy array: its raw parts, made an array only where they fit together."""
-
-    __slots__ = ("state",)
-
-    def __init__(self) -> None:
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def value(self) -> Any:
-        """Return the numpy array; None for object arrays and parts that do not fit."""
-        import numpy
-
-        if not isinstance(self.state, tuple) or len(self.state) != 5:
-            return None
-        _, shape, dtype, fortran, data = self.state
-        if isinstance(data, str):
-            data = data.encode("latin1", "replace")
-        if not isinstance(dtype, NumpyDtype) or not isinstance(data, bytes):
-            return None
-        if dtype.code[:1] not in tuple("biufc"):
-            return None
-        try:
-            flat = numpy.frombuffer(data, numpy.dtype(dtype.code).newbyteorder(dtype.order))  # type: ignore[arg-type]
-            return flat.reshape(shape, order="F" if fortran else "C")
-        except (TypeError, ValueError):
-            return None
-
-
 _ALLOWED = {
     ("collections", "OrderedDict"): "_ordered_dict",
     ("_codecs", "encode"): "_encode",
@@ -354,33 +320,3 @@ _ALLOWED = {
 def _root_of_numpy(module: str) -> str:
     """Return the module's name before numpy 2 renamed it."""
     return module.replace("numpy._core.", "numpy.core.", 1)
-
-
-def scan_pickle(stream: BinaryIO, where: str) -> int:
-    """Walk over one pickle without running it and return its length in bytes.
-
-    Args:
-        stream: Opened at the pickle's first byte; read to just after its STOP.
-        where: The file's name, for messages.
-
-    Raises:
-        UnreadableCheckpoint: A length reaches outside the file, a memo index is absurd (the C unpickler
-            would allocate a table of that size), or an instruction has no place in a checkpoint.
-    """
-    start = stream.tell()
-    count = 0
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            count += 1
-            if count > MAX_OPCODES:
-                raise UnreadableCheckpoint(f"{where}: the pickle inside has over {MAX_OPCODES} instructions.")
-            if opcode.name in _MEMO_OPCODES and int(argument or 0) > count:
-                raise UnreadableCheckpoint(f"{where}: the pickle inside asks for an absurdly large memo.")
-            if opcode.name in _EXTENSION_OPCODES:
-                raise UnreadableCheckpoint(f"{where}: the pickle inside uses the extension registry.")
-    except (ValueError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise UnreadableCheckpoint(
-            f"{where}: the pickle inside is cut off or damaged ({error}).",
-            tip="The file is truncated, still being written, or not a checkpoint.",
-        ) from error
-    return stream.tell() - start

@@ -39,7 +39,14 @@ class PickledCheckpoint:
     """
 
     def __init__(
-        self, path: Path, reader: str, tree: object, unpickler: InertUnpickler, *, key: str | None, ema: bool
+        self,
+        path: Path,
+        reader: str,
+        tree: object,
+        unpickler: InertUnpickler,
+        *,
+        key: str | None,
+        ema: bool,
     ) -> None:
         if unpickler.holds_shards:
             raise UnreadableCheckpoint(
@@ -56,7 +63,7 @@ class PickledCheckpoint:
         self._inert_only = found.is_module
         meta = [name for name, ref in self._refs.items() if ref.storage is None]
         if meta:
-            raise UnreadableCheckpoint(f"{path}: '{meta[0]}' is on the meta device; the file holds no data for it.")
+            raise UnreadableCheckpoint(f"{path}: holds no data for '{meta[0]}', which is on the meta device.")
         tensors = {name: TensorInfo(ref.shape, ref.dtype) for name, ref in self._refs.items()}
         self.header = Header(
             format=reader,
@@ -73,7 +80,8 @@ class PickledCheckpoint:
         Returns:
             Name → CPU tensor, memory-mapped where the file allows.
         """
-        compressed = any(ref.storage is not None and ref.storage.kind == "deflated" for ref in self._refs.values())
+        storages = (ref.storage for ref in self._refs.values())
+        compressed = any(storage is not None and storage.kind == "deflated" for storage in storages)
         if not self._inert_only and not compressed:
             state = self._load_with_torch()
             if state is not None:
@@ -161,7 +169,9 @@ def plain_facts(tree: object) -> dict[str, str | int | float | bool]:
     return facts
 
 
-def _short(items: Iterable[tuple[str | int, object]], prefix: str) -> Iterable[tuple[str, str | int | float | bool]]:
+def _short(
+    items: Iterable[tuple[str | int, object]], prefix: str
+) -> Iterable[tuple[str, str | int | float | bool]]:
     for name, value in items:
         short_text = not isinstance(value, str) or len(value) <= _LONGEST_FACT
         if isinstance(name, str) and isinstance(value, str | int | float | bool) and short_text:

@@ -165,7 +165,7 @@ def _image(piece: Piece) -> bytes:
 
 def _read(path: Path) -> Piece | None:
     try:
-        with hdf5.opened(path) as file:
+        with hdf5.opened(path, sealed=True) as file:
             about, digest = str(file.attrs["piece"]), file.attrs["checksum"]
             facts = json.loads(about)
             arrays: dict[str, Array] = hdf5.read_arrays(file, facts.pop("variables"))

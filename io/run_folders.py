@@ -11,7 +11,7 @@ from dynprobe.io.errors import InputError
 from dynprobe.io.readers import deepspeed, distributed, find_reader, huggingface
 from dynprobe.io.step_names import counts_in_name, is_alias
 
-SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".chkpt", ".safetensors", ".t7"}
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".chkpt", ".safetensors", ".t7")
 _MAX_DEPTH = 4
 
 _NOT_WEIGHTS = re.compile(
@@ -54,7 +54,8 @@ def weight_files(path: Path) -> list[Path]:
     """
     for reader in (distributed, deepspeed, huggingface):
         if reader.sniff(path):
-            return reader.weight_files(path)
+            files: list[Path] = reader.weight_files(path)
+            return files
     return [path]
 
 
@@ -148,7 +149,8 @@ def _may_be_checkpoint(file: Path) -> bool:
     """Whether suffix or content says checkpoint; a suffix is enough, so that damaged files are listed."""
     if not file.is_file():
         return False
-    return file.suffix.lower() in SUFFIXES or file.name.lower().endswith(".pth.tar") or find_reader(file) is not None
+    name = file.name.lower()
+    return name.endswith((*SUFFIXES, ".pth.tar")) or find_reader(file) is not None
 
 
 def _runs_below(folder: Path, excluded: set[Path], depth: int) -> Iterator[Listing]:

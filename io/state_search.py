@@ -59,7 +59,9 @@ class Found:
         return any(_AVERAGE_NAME.search(part) for part in self.path)
 
 
-def find_state(tree: object, where: str, *, key: str | None = None, ema: bool = False) -> tuple[Found, list[str]]:
+def find_state(
+    tree: object, where: str, *, key: str | None = None, ema: bool = False
+) -> tuple[Found, list[str]]:
     """Choose the weights of a checkpoint.
 
     Args:
@@ -87,7 +89,8 @@ def find_state(tree: object, where: str, *, key: str | None = None, ema: bool = 
     elif ema:
         pool = [found for found in pool if found.is_average]
         if not pool:
-            raise NoSuchKey(f"{where}: --ema was given, but no averaged copy is found.", tip=_listing(candidates))
+            what = "--ema was given, but no averaged copy is found"
+            raise NoSuchKey(f"{where}: {what}.", tip=_listing(candidates))
     else:
         pool = _without_averages(pool)
     chosen = max(pool, key=lambda found: (found.numel, -len(found.path)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from dynprobe.io.header import Count
 
 SOURCES = (
-    "command line", "manifest", "in-file", "safetensors metadata", "trainer_state.json", "optimizer state", "file name",
+    "command line", "manifest", "in-file", "safetensors metadata", "trainer_state.json", "optimizer state",
+    "file name",
 )  # fmt: skip
 """Who is believed first."""
 
@@ -62,7 +63,7 @@ def agree(claims: Sequence[Claims]) -> Axis:
     n_steps = sum(steps[index] is not None for index in readable)
     n_epochs = sum(epochs[index] is not None for index in readable)
     if n_steps < len(readable) and n_epochs > n_steps:
-        note = f"{n_steps} of {len(readable)} checkpoints know their step, {n_epochs} their epoch: ordered by epoch"
+        note = f"{n_steps} of {len(readable)} checkpoints know their step, {n_epochs} their epoch: by epoch"
         return Axis("epoch", epochs, [*epoch_notes, *([note] if n_steps else [])])
     if not readable and any(steps):
         return Axis("step", steps, step_notes)
@@ -80,10 +81,15 @@ def _settle_bare_numbers(claims: Sequence[Claims]) -> list[list[Count]]:
         if number is not None and epoch is not None:
             pairs.append((number, epoch))
     # Some scripts save the epoch's index, others how many are done.
-    is_epoch = bool(pairs) and any(all(number == epoch + shift for number, epoch in pairs) for shift in (0, 1))
+    is_epoch = bool(pairs) and any(
+        all(number == epoch + shift for number, epoch in pairs) for shift in (0, 1)
+    )
     unit = "epoch" if is_epoch else "step"
     return [
-        [Count(count.value, unit, count.source) if count.unit == "number" else count for count in claim.counts]
+        [
+            Count(count.value, unit, count.source) if count.unit == "number" else count
+            for count in claim.counts
+        ]
         for claim in claims
     ]
 
@@ -100,7 +106,11 @@ def _places(
         agreeing = sum(layer[index].value == chosen[index].value for index in both)
         gaps = [index for index in layer if index not in chosen]
         is_guess = any(count.unit == "number" for index in gaps for count in claims[index].counts)
-        if chosen and gaps and (agreeing * 2 < len(both) or (not both and source == "file name" and is_guess)):
+        if (
+            chosen
+            and gaps
+            and (agreeing * 2 < len(both) or (not both and source == "file name" and is_guess))
+        ):
             aside.append(source)
             continue
         chosen.update({index: layer[index] for index in gaps})
@@ -109,7 +119,7 @@ def _places(
         # A source that was set aside, but knows every checkpoint, gives one axis; the better ones give gaps.
         for source in aside:
             if readable <= set(layers[source]):
-                note = f"ordered by {source}: better sources know only {len(chosen)} of {len(claims)} checkpoints"
+                note = f"ordered by {source}: better sources know {len(chosen)} of {len(claims)} checkpoints"
                 return [layers[source].get(index) for index in range(len(claims))], [note]
     return [chosen.get(index) for index in range(len(claims))], []
 

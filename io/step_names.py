@@ -1,4 +1,4 @@
-"""What a file's or folder's name says about its step, under the conventions that training scripts use."""
+"""What the name of a file or folder says about its step, under the conventions of training scripts."""
 
 from __future__ import annotations
 
@@ -8,38 +8,45 @@ from pathlib import PurePath
 from dynprobe.io.header import Count
 
 _SUFFIX = re.compile(
-    r"\.(pt2?|pth|bin|ckpt|chkpt|safetensors|t7|tar|gz|pkl|pickle|model|mdl|weights|state|checkpoint|distcp)$", re.I
+    r"\.(pt2?|pth|bin|ckpt|chkpt|safetensors|t7|tar|gz|pkl|pickle|model|mdl|weights|state|checkpoint|distcp)$",
+    re.IGNORECASE,
 )
-_SHARD = re.compile(r"[-_]?\d+[-_]of[-_]\d+", re.I)
+_SHARD = re.compile(r"[-_]?\d+[-_]of[-_]\d+", re.IGNORECASE)
 # torchvision and hub files end with the first 8 (or more) digits of their sha256.
-_HASH = re.compile(r"(?<=[-_.])(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,64}(?=$|[-_.])", re.I)
+_HASH = re.compile(r"(?<=[-_.])(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,64}(?=$|[-_.])", re.IGNORECASE)
 _DATE = re.compile(
-    r"(?<!\d)(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])(?:[-_T ]\d{2}[-_:.]?\d{2}(?:[-_:.]?\d{2})?)?(?!\d)"
+    r"(?<!\d)(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[-_T ]\d{2}[-_:.]?\d{2}(?:[-_:.]?\d{2})?)?(?!\d)"
 )
 
 _STEP_WORDS = {
-    "step", "steps", "globalstep", "iter", "iters", "iteration", "iterations", "itr", "it", "update", "updates",
-    "ba", "batch", "batches", "numupdates",
+    "step", "steps", "globalstep", "iter", "iters", "iteration", "iterations", "itr", "it", "update",
+    "updates", "ba", "batch", "batches", "numupdates",
 }  # fmt: skip
 _EPOCH_WORDS = {"epoch", "epochs", "ep", "eps"}
 _PLAIN_WORDS = {
-    "", "checkpoint", "checkpoints", "ckpt", "chkpt", "model", "models", "net", "network", "weights", "weight",
-    "state", "states", "snapshot", "save", "saved", "params", "backup", "after", "at", "t", "w", "chk", "cp",
+    "", "checkpoint", "checkpoints", "ckpt", "chkpt", "chk", "cp", "model", "models", "net", "network",
+    "weights", "weight", "w", "state", "states", "snapshot", "save", "saved", "params", "backup", "after",
+    "at", "t",
 }  # fmt: skip
 # Numbers after these are never the training axis.
 _OTHER_WORDS = {
-    "seed", "rank", "fold", "lr", "bs", "batchsize", "loss", "acc", "accuracy", "val", "valid", "test", "train",
-    "top", "v", "version", "width", "depth", "dim", "layer", "layers", "head", "heads", "gpu", "gpus", "part", "of",
-    "shard", "run", "exp", "trial", "wd", "mom", "momentum", "map", "miou", "iou", "f", "auc", "ppl", "bleu", "psnr",
-    "r", "k", "d", "h", "n", "cuda", "worker", "cv", "split", "rev", "size", "res", "best", "alpha", "beta", "gamma",
+    "seed", "rank", "fold", "lr", "bs", "batchsize", "loss", "acc", "accuracy", "val", "valid", "test",
+    "train", "top", "v", "version", "width", "depth", "dim", "layer", "layers", "head", "heads", "gpu",
+    "gpus", "part", "of", "shard", "run", "exp", "trial", "wd", "mom", "momentum", "map", "miou", "iou", "f",
+    "auc", "ppl", "bleu", "psnr", "r", "k", "d", "h", "n", "cuda", "worker", "cv", "split", "rev", "size",
+    "res", "best", "alpha", "beta", "gamma",
 }  # fmt: skip
 
 _SCALE = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 _NUMBER = re.compile(
-    r"(?P<word>[A-Za-z]*)(?P<gap>[-_=. @]{0,3})(?P<number>\d+(?:\.\d+)?(?:e\d{1,2}(?![A-Za-z0-9]))?)(?P<scale>[kKmMbB](?![A-Za-z]))?"
+    r"(?P<word>[A-Za-z]*)(?P<gap>[-_=. @]{0,3})"
+    r"(?P<number>\d+(?:\.\d+)?(?:e\d{1,2}(?![A-Za-z0-9]))?)(?P<scale>[kKmMbB](?![A-Za-z]))?"
     r"(?=(?:[-_ ]?(?P<after>[A-Za-z]+))?)"
 )
-_ALIAS = re.compile(r"(^|[-_.])(last|latest|best|final|newest|current)([-_.]|$)|^(model|checkpoint|ckpt)$", re.I)
+_ALIAS = re.compile(
+    r"(^|[-_.])(last|latest|best|final|newest|current)([-_.]|$)|^(model|checkpoint|ckpt)$", re.IGNORECASE
+)
 
 
 def counts_in_name(name: str) -> list[Count]:
@@ -47,7 +54,7 @@ def counts_in_name(name: str) -> list[Count]:
 
     Traps that are stepped around: shard numbers (`model-00001-of-00006`), hash suffixes
     (`resnet18-f37072fd`), dates, `seed3_step200`, metrics (`val_loss=0.25`), `-v1`, and decimals with a scale
-    (`ckpt-1.2M` is 1,200,000). Several folders of a path may be given: the last one that says anything counts.
+    (`ckpt-1.2M` is 1,200,000). Of several parts of a path, the last one that says anything counts.
 
     Args:
         name: File or folder name, or several joined by "/".
@@ -91,7 +98,7 @@ def _counts_in_part(part: str) -> list[Count]:
             bare.append(value)
     if named:
         return [Count(value, unit, "file name") for unit, value in named.items()]
-    # `weights.05-0.12`: a decimal beside a whole number is a metric. `checkpoint_3_10000`: the last one counts.
+    # `weights.05-0.12`: a decimal beside a whole number is a metric; `checkpoint_3_10000`: the last counts.
     whole = [value for value in bare if isinstance(value, int)]
     return [Count((whole or bare)[-1], "number", "file name")] if bare else []
 

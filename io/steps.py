@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dynprobe.io.header import Count
-from dynprobe.io.inert import NumpyArray, Stub
+from dynprobe.io.inert import Stub
+from dynprobe.io.inert_numpy import NumpyArray
 from dynprobe.io.state_search import children, is_optimizer_state
 from dynprobe.io.tensor_refs import TensorRef
 
@@ -39,7 +40,7 @@ def counts_in_tree(tree: object) -> list[Count]:
         for name, value in levels[0].items()
         if not any(word in name.lower() for word in _FOREIGN)
     ]
-    found = []
+    found: list[Count] = []
     for names, unit in ((STEP_KEYS, "step"), (EPOCH_KEYS, "epoch")):
         for level in levels:
             found += _counts(level, names, unit, "in-file ")

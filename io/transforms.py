@@ -46,7 +46,7 @@ def transform(samples: Samples, args: Mapping[str, Any], source: str) -> Samples
 
     if "limit" in args:
         _limit(samples, args["limit"], source)
-    if not any(args.get(name) for name in TRANSFORMS[1:]):
+    if not set(args) & set(TRANSFORMS[1:]):
         return samples
     x = samples.inputs
     if not isinstance(x, torch.Tensor):

@@ -18,9 +18,20 @@ State = dict[str, "Tensor"]
 class Loaded(Protocol):
     """What a checkpoint gives when it is read."""
 
-    state: State
-    notes: list[str]
-    hash: str
+    @property
+    def state(self) -> State:
+        """The tensors by name, on the CPU."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen, stripped or skipped."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Hash of the content, the same in every file format."""
+        ...
 
 
 class CheckpointLike(Protocol):

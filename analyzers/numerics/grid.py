@@ -56,12 +56,19 @@ def interpolation_axis(n: int, span: float) -> Floats:
 
 
 def covering_axis(low: float, high: float, n: int, margin: float = 0.15) -> Floats:
-    """Evenly spaced points that cover [low, high] and 0 with a margin on each side, one of them exactly 0."""
+    """Evenly spaced points that cover [low, high] and 0 with a margin on each side, one of them exactly 0.
+
+    Raises:
+        ValueError: If n is below 3, which cannot reach to both sides of 0.
+    """
+    if n < 3:
+        raise ValueError(f"an axis around a path needs at least 3 points, not {n}.")
     low, high = min(low, 0.0), max(high, 0.0)
-    width = (high - low) or 1.0
-    step = width * (1 + 2 * margin) / (n - 1)
-    first = round((low - margin * width) / step)
-    axis: Floats = step * np.arange(first, first + n, dtype=np.float64)
+    room = margin * ((high - low) or 1.0)
+    step = (high - low + 2 * room) / (n - 1)
+    while math.ceil((room - low) / step) + math.ceil((room + high) / step) > n - 1:
+        step *= 1.01
+    axis: Floats = step * (np.arange(n, dtype=np.float64) - math.ceil((room - low) / step))
     return axis
 
 

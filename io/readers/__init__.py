@@ -9,8 +9,16 @@ from typing import Protocol
 from dynprobe.io.errors import UnreadableCheckpoint
 from dynprobe.io.header import OpenedCheckpoint
 
-FORMATS = ("safetensors_file", "lightning", "torch_zip", "torch_legacy", "distributed", "deepspeed", "huggingface")
-"""The formats' modules in the order in which they are asked; the first whose `sniff` says yes opens the file."""
+FORMATS = (
+    "safetensors_file",
+    "lightning",
+    "torch_zip",
+    "torch_legacy",
+    "distributed",
+    "deepspeed",
+    "huggingface",
+)
+"""The formats' modules, in the order in which they are asked; the first whose `sniff` says yes opens it."""
 
 
 class Reader(Protocol):
@@ -30,7 +38,7 @@ class Reader(Protocol):
 def find_reader(path: Path) -> Reader | None:
     """Return the format of a file or folder; None where none knows it."""
     for name in FORMATS:
-        reader: Reader = import_module(f"dynprobe.io.readers.{name}")  # type: ignore[assignment]
+        reader: Reader = import_module(f"dynprobe.io.readers.{name}")
         if reader.sniff(path):
             return reader
     return None
@@ -54,7 +62,7 @@ def open_file(path: Path, key: str | None = None, ema: bool = False) -> OpenedCh
     reader = find_reader(path)
     if reader is None:
         if path.is_file() and path.stat().st_size == 0:
-            raise UnreadableCheckpoint(f"{path}: is empty.", tip="It was cut off when it was saved; leave it out.")
+            raise UnreadableCheckpoint(f"{path}: is empty.", tip="Its saving was cut off; leave it out.")
         raise UnreadableCheckpoint(
             f"{path}: is of no known format.",
             tip="Known: torch (.pt, .pth, .bin, .ckpt, old and new), safetensors, Hugging Face and "

@@ -16,7 +16,7 @@ def sniff(path: Path) -> bool:
     return path.is_dir() and any(path.glob("*mp_rank_*_model_states.pt"))
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the pickle of the one file that holds the whole model.
 
     Raises:

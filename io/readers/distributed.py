@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint folders: `.metadata` (a pickle) and `.distcp` files, read without a process group.
+"""torch.distributed.checkpoint folders: `.metadata` and `.distcp` files, read without a process group.
 
-Metadata and chunks are read by the inert unpickler: torch's own reader would run whatever the metadata's pickle
-says.
+Metadata and chunks are pickles and read by the inert unpickler: torch's own reader would run whatever the
+metadata's pickle says.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def sniff(path: Path) -> bool:
     return path.is_dir() and _root(path) is not None
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the metadata and the small objects (step, epoch) beside the tensors.
 
     Raises:
-        UnreadableCheckpoint: Damaged, a chunk file is missing or cut off, or it names a file outside the folder.
+        UnreadableCheckpoint: Damaged, a chunk file is missing or cut off, or one outside the folder is named.
     """
     return DistributedCheckpoint(path, key, ema)
 
@@ -97,7 +97,8 @@ class DistributedCheckpoint:
         renamed, more = strip_wrappers(found.tensors)
         self._names = {new: self._fqn[found.path, old] for old, new in renamed.items()}
         tensors = {
-            new: TensorInfo(found.tensors[old].shape, found.tensors[old].dtype) for old, new in renamed.items()
+            new: TensorInfo(found.tensors[old].shape, found.tensors[old].dtype)
+            for old, new in renamed.items()
         }
         for new, info in tensors.items():
             self._check_cover(new, info)
@@ -122,7 +123,8 @@ class DistributedCheckpoint:
                 ref = piece.unpickle()
                 sizes = dict(self._sizes[self._names[name]]).get(piece.offsets)
                 if not isinstance(ref, TensorRef) or ref.dtype != info.dtype or ref.shape != sizes:
-                    raise UnreadableCheckpoint(f"{piece.file}: the chunk of '{name}' does not fit its metadata.")
+                    what = f"the chunk of '{name}' does not fit its metadata"
+                    raise UnreadableCheckpoint(f"{piece.file}: {what}.")
                 place = tuple(slice(first, first + n) for first, n in zip(piece.offsets, sizes, strict=True))
                 whole[place] = materialise({name: ref})[name]
             state[name] = whole
@@ -153,17 +155,22 @@ class DistributedCheckpoint:
                 raise UnreadableCheckpoint(f"{self._root}: the metadata of '{name}' is damaged.")
             if PurePosixPath(relative).name != relative or relative == ".." or "\\" in relative:
                 raise UnreadableCheckpoint(
-                    f"{self._root}: the metadata names the file {relative!r}; only one in the same folder is allowed."
+                    f"{self._root}: the metadata names the file {relative!r}, not one in the same folder."
                 )
             if what.get("transform_descriptors"):
-                raise UnreadableCheckpoint(f"{self._root}: '{name}' is stored compressed; this is not supported.")
+                raise UnreadableCheckpoint(
+                    f"{self._root}: '{name}' is stored compressed or encrypted.",
+                    tip="Save it again without stream transforms.",
+                )
             file = self._root / relative
             if file not in sizes:
                 sizes[file] = file.stat().st_size if file.is_file() else -1
             if sizes[file] < 0:
                 raise UnreadableCheckpoint(f"{file}: is missing.", tip="Copy the whole folder again.")
             if position < 0 or length < 0 or position + length > sizes[file]:
-                raise UnreadableCheckpoint(f"{file}: is cut off ('{name}').", tip="Copy the whole folder again.")
+                raise UnreadableCheckpoint(
+                    f"{file}: is cut off ('{name}').", tip="Copy the whole folder again."
+                )
             offsets = where.get("offset")
             pieces.setdefault(name, []).append(
                 _Piece(file, position, length, tuple(offsets) if isinstance(offsets, tuple) else ())
@@ -239,7 +246,10 @@ def _dtypes(properties: object) -> Iterator[str]:
     """Yield the dtype in pickled `TensorProperties`, whose state is a tuple of its fields."""
     if isinstance(properties, Stub):
         state = properties.state
-        fields = state.values() if isinstance(state, dict) else (*properties.arguments, *(state or ()))
+        if isinstance(state, dict):
+            fields = tuple(state.values())
+        else:
+            fields = (*properties.arguments, *(state if isinstance(state, tuple) else ()))
         for value in fields:
             if isinstance(value, DtypeName):
                 yield str(value)

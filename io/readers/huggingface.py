@@ -1,4 +1,4 @@
-"""Hugging Face folders: one weights file or shards with an index, beside `config.json`, `trainer_state.json`."""
+"""Hugging Face folders: one file of weights, or shards with an index; `config.json`, `trainer_state.json`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sniff(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in (*WEIGHTS, *INDEXES))
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the headers of all shards.
 
     Raises:
@@ -98,7 +98,9 @@ class HuggingFaceCheckpoint:
             expected = set(strip_wrappers(_weight_map(index))[0].values())
             absent = sorted(expected - set(tensors))
             if absent:
-                raise UnreadableCheckpoint(f"{path}: the shards lack {len(absent)} tensors of the index: {absent[0]}.")
+                raise UnreadableCheckpoint(
+                    f"{path}: the shards lack {len(absent)} tensors of the index, such as '{absent[0]}'."
+                )
         trainer = path / "trainer_state.json"
         facts = _json(trainer) if trainer.is_file() else {}
         counts = counts_in_facts(facts, "trainer_state.json")
@@ -106,7 +108,9 @@ class HuggingFaceCheckpoint:
         if not counts:
             counts = _optimizer_counts(path)
         metadata = {name: value for header in headers for name, value in header.metadata.items()}
-        metadata.update({name: value for name, value in facts.items() if isinstance(value, str | int | float)})
+        metadata.update(
+            {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
+        )
         return Header(
             format=NAME,
             tensors=tensors,

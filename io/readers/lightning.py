@@ -25,7 +25,7 @@ def sniff(path: Path) -> bool:
         return False
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the pickle, not the storages.
 
     Raises:

@@ -38,7 +38,7 @@ def sniff(path: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_HEADER
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the JSON header.
 
     Raises:
@@ -46,7 +46,9 @@ def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpo
         NoSuchKey: `key` or `ema` was given; the format holds one flat mapping.
     """
     if key or ema:
-        raise NoSuchKey(f"{path}: a safetensors file is one flat mapping; --key and --ema choose nothing in it.")
+        raise NoSuchKey(
+            f"{path}: a safetensors file is one flat mapping; --key and --ema choose nothing in it."
+        )
     return SafetensorsCheckpoint(path)
 
 

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 
 from dynprobe.io.errors import UnreadableCheckpoint
 from dynprobe.io.header import OpenedCheckpoint
-from dynprobe.io.inert import InertUnpickler, scan_pickle
+from dynprobe.io.inert import InertUnpickler
+from dynprobe.io.pickle_scan import scan_pickle
 from dynprobe.io.pickled import PickledCheckpoint
 from dynprobe.io.tensor_refs import ITEM_SIZE, StorageRef
 
@@ -26,10 +27,10 @@ def sniff(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(512)
     is_old_tar = head[257:262] == _TAR_MAGIC and head.split(b"\0")[0] in {b"storages", b"./storages"}
-    return head[:1] == b"\x80" and _MAGIC_BYTES in head[:32] or is_old_tar
+    return (head[:1] == b"\x80" and _MAGIC_BYTES in head[:32]) or is_old_tar
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the pickles and where each storage starts, not the storages.
 
     Raises:
@@ -49,7 +50,9 @@ def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpo
         keys = InertUnpickler(_next_pickle(stream, where), where=where).load()
         claimed = _claimed_storages(data, where)
         storages = _locate(stream, path, keys, claimed)
-    unpickler = InertUnpickler(data, where=where, find_storage=lambda saved_id: _find(saved_id, storages, where))
+    unpickler = InertUnpickler(
+        data, where=where, find_storage=lambda saved_id: _find(saved_id, storages, where)
+    )
     return PickledCheckpoint(path, NAME, unpickler.load(), unpickler, key=key, ema=ema)
 
 
@@ -88,7 +91,7 @@ def _parts(saved_id: tuple[Any, ...], where: str) -> tuple[str, str, int]:
 def _locate(
     stream: BinaryIO, path: Path, keys: object, claimed: dict[str, tuple[str, int]]
 ) -> dict[str, StorageRef]:
-    """Walk over the raw storages that follow the pickles: 8 bytes of length, then the data, in table order."""
+    """Walk over the raw storages behind the pickles: 8 bytes of length, then the data, in table order."""
     size = path.stat().st_size
     position = stream.tell()
     storages = {}
@@ -111,7 +114,7 @@ def _locate(
 
 
 def _find(saved_id: tuple[Any, ...], storages: dict[str, StorageRef], where: str) -> object:
-    if saved_id[0] == "module":  # (class, source file, source text) of a pickled module: keep the class's stub
+    if saved_id[0] == "module":  # (class, source file, source text): the class, a stub, is enough
         return saved_id[1]
     key, dtype, numel = _parts(saved_id, where)
     storage = storages.get(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ def sniff(path: Path) -> bool:
         return False
 
 
-def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:
+def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001
     """Read the pickle, not the storages.
 
     Raises:
@@ -82,7 +82,10 @@ def read_archive(path: Path, *, stream: BinaryIO | None = None, base: int = 0) -
             data = _pickle(path, archive, members[f"{prefix}/data.pkl"])
             order = members.get(f"{prefix}/byteorder")
             if order is not None and order.file_size < 16 and archive.read(order) == b"big":
-                raise UnreadableCheckpoint(f"{path}: was saved on a big-endian machine.", tip="Save it again here.")
+                raise UnreadableCheckpoint(
+                    f"{path}: was saved on a big-endian machine.",
+                    tip="Load it with torch and save it again on this machine.",
+                )
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UnreadableCheckpoint(
             f"{path}: the zip archive cannot be read ({error}).",
@@ -125,7 +128,9 @@ class _Storages:
         if (key, dtype) not in self._found:
             kind = "zip" if member.compress_type == zipfile.ZIP_STORED else "deflated"
             position = self._base + member.header_offset
-            self._found[key, dtype] = StorageRef(self._path, key, dtype, nbytes, position, kind, member.filename)
+            self._found[key, dtype] = StorageRef(
+                self._path, key, dtype, nbytes, position, kind, member.filename
+            )
         return self._found[key, dtype]
 
 
@@ -136,7 +141,8 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         if info.filename in members:
             raise UnreadableCheckpoint(f"{path}: the archive holds '{info.filename}' twice.")
         if info.file_size > _SMALL and info.file_size > MAX_RATIO * max(info.compress_size, 1):
-            raise UnreadableCheckpoint(f"{path}: '{info.filename}' would unpack to {info.file_size} bytes; refused.")
+            what = f"'{info.filename}' would unpack to {info.file_size} bytes"
+            raise UnreadableCheckpoint(f"{path}: {what}; refused.")
         if info.compress_type == zipfile.ZIP_STORED and info.file_size != info.compress_size:
             raise UnreadableCheckpoint(f"{path}: the sizes of '{info.filename}' contradict each other.")
         members[info.filename] = info
@@ -146,14 +152,16 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
 def _prefix(path: Path, members: dict[str, zipfile.ZipInfo]) -> str:
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        kind = "a torch.export program" if any("models/" in name for name in members) else "no torch checkpoint"
+        kind = (
+            "a torch.export program" if any("models/" in name for name in members) else "no torch checkpoint"
+        )
         raise UnreadableCheckpoint(
             f"{path}: a zip archive, but {kind}.", tip="An exported program can be given as --model FILE.pt2."
         )
     prefix = pickles[0].split("/")[0]
     if f"{prefix}/constants.pkl" in members or any(name.startswith(f"{prefix}/code/") for name in members):
         raise UnreadableCheckpoint(
-            f"{path}: is a TorchScript program: code with weights inside, and only running it tells which are which.",
+            f"{path}: is a TorchScript program, whose code would have to run to tell weights from the rest.",
             tip="Save its weights alone: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt').",
         )
     return prefix
@@ -167,4 +175,4 @@ def _pickle(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> byte
 
 
 def _size(path: Path, stream: BinaryIO | None) -> int:
-    return path.stat().st_size if stream is None else stream.seek(0, io.SEEK_END)
+    return path.stat().st_size if stream is None else stream.seek(0, os.SEEK_END)

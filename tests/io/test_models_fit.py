@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 
@@ -224,24 +225,19 @@ class Exportable(nn.Module):
         return self.fc(self.drop(torch.relu(self.bn(self.conv(x)))).mean((2, 3)))
 
 
-class TestExported:
-    @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory):
-        """An architecture file, and the model it was made of."""
-        folder = tmp_path_factory.mktemp("exported")
-        torch.manual_seed(0)
-        model, x = Exportable().eval(), torch.randn(3, 1, 6, 6)
-        batch = ({0: torch.export.Dim("batch")},)
-        for name, module, shapes in [
-            ("arch", model, batch),
-            ("fixed", model, None),
-            ("train", Exportable(), batch),
-        ]:
-            torch.export.save(
-                torch.export.export(module, (x,), dynamic_shapes=shapes), folder / f"{name}.pt2"
-            )
-        return folder, model
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder of exported programs, and the model they were made of."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    model, x = Exportable().eval(), torch.randn(3, 1, 6, 6)
+    batch = ({0: torch.export.Dim("batch")},)
+    for name, module, shapes in [("arch", model, batch), ("fixed", model, None), ("train", Exportable(), batch)]:
+        torch.export.save(torch.export.export(module, (x,), dynamic_shapes=shapes), folder / f"{name}.pt2")
+    return folder, model
 
+
+class TestExported:
     def test_any_checkpoint_and_batch_size_pass_through_it(self, exported):
         folder, _ = exported
         built = build_model(Spec(str(folder / "arch.pt2")))
@@ -276,6 +272,15 @@ class TestExported:
 
         for compute in (curvature, each):
             torch.testing.assert_close(compute(built), compute(model))
+
+    def test_a_copy_is_another_module_with_the_same_names_and_values(self, exported):
+        built = build_model(Spec(str(exported[0] / "arch.pt2")))
+        twin = copy.deepcopy(copy.deepcopy(built)).eval()
+        assert list(twin.state_dict()) == list(built.state_dict())
+        x = torch.randn(4, 1, 6, 6)
+        assert torch.equal(twin(x), built(x))
+        nn.init.zeros_(twin.get_parameter("fc.weight"))
+        assert not torch.equal(twin(x), built(x))
 
     @pytest.mark.parametrize(
         ("name", "expected"),

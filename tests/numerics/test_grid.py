@@ -49,12 +49,14 @@ def test_impossible_spans_are_refused() -> None:
         interpolation_axis(11, 0.3)
     with pytest.raises(ValueError, match=r"multiple of 0\.25"):
         interpolation_axis(11, 0.5 + 0.001 * np.pi)
+    with pytest.raises(ValueError, match="at least 3"):
+        covering_axis(0.0, 1.0, 2)
     for span in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="span"):
             symmetric_axis(11, span)
 
 
-@given(low=st.floats(-50, 50), width=st.floats(0, 100), n=st.integers(9, 60))
+@given(low=st.floats(-50, 50), width=st.floats(0, 100), n=st.integers(3, 60))
 def test_covering_axis_covers_the_path_and_the_origin_and_hits_zero(low: float, width: float, n: int) -> None:
     axis = covering_axis(low, low + width, n)
     assert len(axis) == n
