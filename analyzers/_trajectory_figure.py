@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from dynprobe.analyzers._planes import BadOption
 from dynprobe.analyzers.core.result import FAILED, Result
 
-STYLES = ("contour", "filled", "surface")
+STYLES = ("contour", "filled", "relief")
+MANTISSAS: tuple[tuple[float, ...], ...] = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+MAXIMAL_LEVELS = 12
 SLICE = "A slice: a non-convex picture shows a non-convex loss, never the converse"
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 MAXIMAL_RUNS = 4
@@ -25,7 +27,7 @@ def draw_trajectory(result: Result, figure: Any, style: str = "") -> None:
     Args:
         result: From `trajectory`.
         figure: An empty matplotlib figure.
-        style: contour (default), filled or surface.
+        style: contour (default), filled or relief (three-dimensional).
 
     Raises:
         BadOption: If the style is not known.
@@ -40,7 +42,7 @@ def draw_trajectory(result: Result, figure: Any, style: str = "") -> None:
     for row, run in enumerate(runs):
         path = _Path(result, run)
         panel = figure.add_subplot(
-            places[2 * row : 2 * row + 2, 0], projection="3d" if style == "surface" else None
+            places[2 * row : 2 * row + 2, 0], projection="3d" if style == "relief" else None
         )
         _draw_plane(figure, panel, path, style)
         losses = figure.add_subplot(places[2 * row, 1])
@@ -92,34 +94,41 @@ class _Path:
 
 
 def _chance(result: Result) -> float | None:
-    """ln C, the cross-entropy of a uniform guess, where the number of classes is known."""
+    """Cross-entropy of a uniform guess, ln C, where the number of classes is known."""
     classes = result.attributes.get("n_classes")
     named = "cross_entropy" in str(result.attributes.get("loss", ""))
     return math.log(int(classes)) if named and classes else None
 
 
 def _levels(loss: Floats) -> tuple[Floats, bool]:
-    """Round levels, evenly spaced on a log scale where the loss is positive and spans more than a factor 2."""
+    """Round levels, evenly spaced on a log scale where the loss is positive and more than doubles."""
     finite = loss[np.isfinite(loss)]
     if finite.size == 0 or finite.max() <= finite.min():
         return np.array([]), False
     low, high = float(finite.min()), float(finite.max())
-    log = low > 0 and high > 2 * low
-    raw = np.geomspace(low, high, 14)[1:-1] if log else np.linspace(low, high, 14)[1:-1]
-    levels = np.unique([float(f"{level:.2g}") for level in raw])
-    return levels[(levels > low) & (levels < high)], log
+    if low <= 0 or high <= 2 * low:
+        levels = np.linspace(low, high, MAXIMAL_LEVELS + 2)[1:-1]
+        return np.unique([float(f"{level:.3g}") for level in levels]), False
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in MANTISSAS:
+        levels = np.array([float(f"{m}e{d}") for d in decades for m in mantissas])
+        levels = levels[(levels > low) & (levels < high)]
+        if len(levels) <= MAXIMAL_LEVELS:
+            break
+    return levels[:: math.ceil(len(levels) / MAXIMAL_LEVELS) or 1], True
 
 
 def _draw_plane(figure: Any, panel: Any, path: _Path, style: str) -> None:
     sheet = path.surface()
-    if style == "surface":
+    if style == "relief":
         _draw_relief(panel, path, sheet)
     else:
         if sheet is not None:
             _draw_contours(figure, panel, sheet, filled=style == "filled")
         _draw_path(figure, panel, path)
-    panel.set_xlabel(_axis_name(path, 0))
-    panel.set_ylabel(_axis_name(path, 1))
+    brief = style == "relief"  # long labels run into each other in three dimensions
+    panel.set_xlabel("first direction" if brief else _axis_name(path, 0))
+    panel.set_ylabel("second direction" if brief else _axis_name(path, 1))
     if path.title:
         panel.set_title(path.title.replace("$", r"\$"), loc="left")
 
@@ -181,8 +190,8 @@ def _axis_name(path: _Path, axis: int) -> str:
     explained, walk = path.of_run("explained_variance"), path.of_run("random_walk")
     if explained is None or axis >= len(explained):
         return ""
-    text = f"{names[axis]} direction ({100 * explained[axis]:.1f} % of the path"
-    return f"{text}; random walk {100 * walk[axis]:.1f} %)" if walk is not None else f"{text})"
+    text = f"{names[axis]} direction: {100 * explained[axis]:.1f} % of the path"
+    return f"{text}\n(a random walk: {100 * walk[axis]:.1f} %)" if walk is not None else text
 
 
 def _draw_losses(panel: Any, path: _Path) -> None:
@@ -212,8 +221,8 @@ def _draw_distances(panel: Any, path: _Path) -> None:
     panel.plot(path.step, off, color=BLUE, label="from the plane", marker="o", markersize=2)
     panel.set_ylabel("distance")
     panel.set_xlabel(path.step_name)
-    panel.set_ylim(bottom=0)
-    panel.legend()
+    panel.set_ylim(0, 1.5 * max(float(np.nanmax(path.along("distance"))), 1e-30))
+    panel.legend(loc="upper right", ncols=2)
     _space_steps(panel, path)
 
 

@@ -59,20 +59,20 @@ RETURNS = {
     **_metric("accuracy", "Accuracy", "samples"),
     **_metric("test_loss", "Test loss", "test samples"),
     **_metric("test_accuracy", "Test accuracy", "test samples"),
-    "x": Var(("x",), "1", "Along the first direction"),
-    "y": Var(("y",), "1", "Along the second direction", optional=True),
+    "x": Var(("x",), "", "Along the first direction"),
+    "y": Var(("y",), "", "Along the second direction", optional=True),
     "center_loss": Var((), "", "Loss at the checkpoint", "center_loss_stderr"),
     "center_loss_stderr": Var((), "", "Standard error of the loss at the checkpoint"),
     "seed_loss": Var(
         ("seed", "y", "x"), "", "Loss on each plane", optional=True, alternatives=(("seed", "x"),)
     ),
     "loss_spread": _map("Standard deviation of the loss between planes"),
-    "direction_seed": Var((), "1", "Seed of the random directions", optional=True, alternatives=(("seed",),)),
+    "direction_seed": Var((), "", "Seed of the random directions", optional=True, alternatives=(("seed",),)),
     "direction_norm": Var(
-        ("direction",), "1", "Length of each direction", alternatives=(("seed", "direction"),)
+        ("direction",), "", "Length of each direction", alternatives=(("seed", "direction"),)
     ),
     "direction_cosine": Var(
-        (), "1", "Cosine between the directions", optional=True, alternatives=(("seed",),)
+        (), "", "Cosine between the directions", optional=True, alternatives=(("seed",),)
     ),
     "direction_eigenvalue": Var(
         ("direction",),
@@ -83,20 +83,20 @@ RETURNS = {
     ),
     "direction_residual": Var(("direction",), "loss per squared parameter", "‖Hv − λv‖", optional=True),
     "explained_variance": Var(
-        ("direction",), "1", "Share of the trajectory along each direction", optional=True
+        ("direction",), "", "Share of the trajectory along each direction", optional=True
     ),
-    "random_walk": Var(("direction",), "1", "The same share for a random walk", optional=True),
+    "random_walk": Var(("direction",), "", "The same share for a random walk", optional=True),
     "evaluated": _map("1 where evaluated, 0 where interpolated"),
-    "heldout_residual": Var((), "1", "Largest relative error at held-out points", optional=True),
+    "heldout_residual": Var((), "", "Largest relative error at held-out points", optional=True),
     "barrier": Var(
         (), "", "Barrier: highest loss between the ends less the higher end", "barrier_stderr", True
     ),
     "barrier_stderr": Var((), "", "Standard error of the barrier, paired by sample", optional=True),
-    "barrier_at": Var((), "1", "Where on the path the loss is highest", optional=True),
+    "barrier_at": Var((), "", "Where on the path the loss is highest", optional=True),
     "test_barrier": Var((), "", "Barrier of the test loss", "test_barrier_stderr", True),
     "test_barrier_stderr": Var((), "", "Standard error of the test barrier", optional=True),
-    "test_barrier_at": Var((), "1", "Where on the path the test loss is highest", optional=True),
-    "convexity": _map("|λmin/λmax| of the Hessian", "1", "convexity_"),
+    "test_barrier_at": Var((), "", "Where on the path the test loss is highest", optional=True),
+    "convexity": _map("|λmin/λmax| of the Hessian", "", "convexity_"),
     "lambda_max": _map(
         "Largest Hessian eigenvalue", "loss per squared parameter", "convexity_", "lambda_max_residual"
     ),
@@ -105,9 +105,9 @@ RETURNS = {
     ),
     "lambda_max_residual": _map("‖Hv − λmax v‖", "loss per squared parameter", "convexity_"),
     "lambda_min_residual": _map("‖Hv − λmin v‖", "loss per squared parameter", "convexity_"),
-    "convexity_converged": _map("1 where both eigenvalues converged", "1", "convexity_"),
-    "convexity_x": Var(("convexity_x",), "1", "Along the first direction", optional=True),
-    "convexity_y": Var(("convexity_y",), "1", "Along the second direction", optional=True),
+    "convexity_converged": _map("1 where both eigenvalues converged", "", "convexity_"),
+    "convexity_x": Var(("convexity_x",), "", "Along the first direction", optional=True),
+    "convexity_y": Var(("convexity_y",), "", "Along the second direction", optional=True),
     "slice_curvature_max": _map("Largest curvature of the slice", "loss per squared direction"),
     "slice_curvature_min": _map("Smallest curvature of the slice", "loss per squared direction"),
 }

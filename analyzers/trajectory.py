@@ -28,15 +28,15 @@ def _along(what: str, units: str = "", error: str = "", optional: bool = False) 
 
 
 RETURNS = {
-    "coordinate": Var(("checkpoint", "component"), "1", "Coordinate, in units of the direction"),
-    "component": Var(("component",), "1", "Component"),
-    "explained_variance": Var(("component",), "1", "Share of the squared length of the path"),
-    "random_walk": Var(("component",), "1", "The same share for a random walk", optional=True),
-    "direction_norm": Var(("component",), "1", "Length of each direction"),
-    "direction_seed": Var((), "1", "Seed of the random directions", optional=True),
-    "distance": _along("Distance from the last checkpoint", "1"),
-    "off_plane_distance": _along("Distance from the plane", "1"),
-    "off_plane_share": _along("Distance from the plane over distance from the last checkpoint", "1"),
+    "coordinate": Var(("checkpoint", "component"), "", "Coordinate, in units of the direction"),
+    "component": Var(("component",), "", "Component"),
+    "explained_variance": Var(("component",), "", "Share of the squared length of the path"),
+    "random_walk": Var(("component",), "", "The same share for a random walk", optional=True),
+    "direction_norm": Var(("component",), "", "Length of each direction"),
+    "direction_seed": Var((), "", "Seed of the random directions", optional=True),
+    "distance": _along("Distance from the last checkpoint", ""),
+    "off_plane_distance": _along("Distance from the plane", ""),
+    "off_plane_share": _along("Distance from the plane over distance from the last checkpoint", ""),
     "loss": _along("Loss of the checkpoint", error="loss_stderr"),
     "loss_stderr": _along("Standard error over samples"),
     "plane_loss": _along("Loss of its place on the plane", error="plane_loss_stderr"),
@@ -49,8 +49,8 @@ RETURNS = {
     "plane_accuracy_stderr": _along("Standard error over samples", optional=True),
     "surface": Var(("y", "x"), "", "Loss on the plane", "surface_stderr", optional=True),
     "surface_stderr": Var(("y", "x"), "", "Standard error over samples", optional=True),
-    "x": Var(("x",), "1", "Along the first direction", optional=True),
-    "y": Var(("y",), "1", "Along the second direction", optional=True),
+    "x": Var(("x",), "", "Along the first direction", optional=True),
+    "y": Var(("y",), "", "Along the second direction", optional=True),
 }
 
 
@@ -77,11 +77,11 @@ def trajectory(
 ) -> Measurement:
     """The path of a run on a plane, with what the plane does not show.
 
-    The plane goes through the last checkpoint θ_n, along the first two principal axes of the rows θ_i − θ_n or
-    along the random directions of `dynprobe landscape`. A checkpoint is placed by least squares; how far it
-    lies off the plane is reported, and its own loss beside the loss of its place on the plane, since the
-    picture shows only the latter. Explained variance stands beside that of a pure random walk through the same
-    steps, which already puts most of its length into two axes.
+    The plane goes through the last checkpoint θ_n, along the first two principal axes of the rows θ_i − θ_n
+    or along the random directions of `dynprobe landscape`. A checkpoint is placed by least squares; how far
+    it lies off the plane is reported, and its own loss beside the loss of its place on the plane, since the
+    picture shows only the latter. Explained variance stands beside that of a pure random walk through the
+    same steps, which already puts most of its length into two axes.
 
     Cost: two forward passes over the data per checkpoint and one per grid point; every checkpoint is read
     four times, a few at a time.
@@ -110,7 +110,8 @@ def trajectory(
         BadOption: If there are fewer than two distinct checkpoints.
 
     References:
-        Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, §7.
+        Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS
+        2018, §7.
         Antognini and Sohl-Dickstein, "PCA of high dimensional random walks with comparison to neural network
         training", NeurIPS 2018.
     """

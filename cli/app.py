@@ -35,11 +35,14 @@ class Commands(TyperGroup):
         super().__init__(**attributes)
         from dynprobe.analyzers.core import registry
 
+        own = dict(self.commands)
+        self.commands.clear()  # analyzers come first in the list
         for name, entry in registry.listing().items():
-            if name not in self.commands:
+            if name not in own:
                 self.add_command(
                     LazyCommand(name, help=entry.line, callback=lambda: None, rich_help_panel=ANALYZERS)
                 )
+        self.commands.update(own)
 
 
 def _typer_command(name: str, function: Any) -> Any:
@@ -123,7 +126,7 @@ def _mount() -> None:
     app.add_typer(report_app, name="report", rich_help_panel=FILES)
 
 
-# _mount()
+_mount()
 
 
 def main() -> None:
@@ -132,7 +135,7 @@ def main() -> None:
     from dynprobe.io.errors import InputError
 
     try:
-        app()
+        app(prog_name="dynprobe")
     except (InputError, LookupError, DeclarationError) as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise

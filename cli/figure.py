@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.analyzers.core.contract import Bands, Contours, Heatmap, Lines
-from dynprobe.analyzers.core.result import Result
+from dynprobe.analyzers.core.result import Result, Var
 from dynprobe.cli import style as look
+from dynprobe.cli.figure_contours import STYLES, draw_contours
 from dynprobe.cli.figure_curves import draw_lines
-from dynprobe.cli.figure_maps import STYLES, draw_contours, draw_heatmap
+from dynprobe.cli.figure_heat import draw_heatmap
 from dynprobe.cli.figure_panels import refuse_if_all_failed, small_print
-from dynprobe.io.errors import CannotWrite, InputError
+from dynprobe.cli.html import page
+from dynprobe.io.atomic import check_writable, write_atomically
+from dynprobe.io.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,33 +42,41 @@ def draw(result: Result, declaration: Declaration | None, path: Path, *, style: 
         result: What was measured.
         declaration: How its analyzer is declared; without one a plain figure is chosen by shape.
         path: The file; its suffix says the format.
-        style: A variant of the figure: for landscapes `contour` (default), `filled` or `surface`.
+        style: For landscapes `contour` (default), `filled` or `surface`; or the name of another
+            variable, to draw that one.
 
     Raises:
         InputError: If suffix or style are not known, or the result has nothing to draw.
         CannotWrite: If the file cannot be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"{path}: a figure is written as {', '.join(SUFFIXES)}"
-            + (f", not {suffix}" if suffix else "; the name has no suffix"),
-            tip=f"Try {path.with_suffix('.pdf')}",
-        )
+    suffix = _suffix(path)
     figure = figure_of(result, declaration, style=style)
     if suffix == ".html":
-        from dynprobe.cli.html import page
-
         content = page(result, _rendered(figure, "svg").decode(), declaration).encode()
     else:
         content = _rendered(figure, suffix[1:])
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise CannotWrite(
-            f"{path}: the figure cannot be written: {error.strerror or error}",
-            tip="Give another place with --figure.",
-        ) from error
+    write_atomically(path, content)
+
+
+def check_figure(path: Path, declaration: Declaration, style: str = "") -> None:
+    """Say what would keep a figure from being written before anything is measured.
+
+    Raises:
+        InputError: If suffix or style are not known.
+        CannotWrite: If nothing can be written at that place.
+    """
+    _suffix(path)
+    if declaration.figure is not None:
+        _kind_in_style(declaration.name, declaration.figure, style, declaration.returns)
+    check_writable(path)
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"{path}: a figure is written as {', '.join(SUFFIXES)}.", f"Try {path.with_suffix('.pdf').name}."
+        )
+    return path.suffix.lower()
 
 
 def figure_of(result: Result, declaration: Declaration | None, *, style: str = "") -> Figure:
@@ -84,7 +95,8 @@ def figure_of(result: Result, declaration: Declaration | None, *, style: str = "
 
     refuse_if_all_failed(result)
     kind = (declaration and declaration.figure) or _plain_kind(result)
-    _check_style(result, kind, style)
+    inner = {n: _inner(result, n) for n, a in result.variables.items() if a.values.dtype.kind in "iuf"}
+    kind = _kind_in_style(result.analyzer, kind, style, {n: Var(dims) for n, dims in inner.items()})
     with look.paper():
         figure = Figure(figsize=(look.SINGLE, 2.4), layout="constrained")
         FigureCanvasAgg(figure)
@@ -101,15 +113,25 @@ def figure_of(result: Result, declaration: Declaration | None, *, style: str = "
     return figure
 
 
-def _check_style(result: Result, kind: FigureKind, style: str) -> None:
-    if not style or (isinstance(kind, Contours) and style in STYLES):
-        return
-    if isinstance(kind, Contours):
-        raise InputError(f"{style!r} is not a style of this figure", tip=f"Styles: {', '.join(STYLES)}.")
-    if isinstance(kind, (Lines, Bands, Heatmap)) or _n_positional(kind) < 3:
-        raise InputError(
-            f"{style!r}: the figure of {result.analyzer} has one style only", tip="Leave the style out."
-        )
+def _kind_in_style(analyzer: str, kind: FigureKind, style: str, variables: Mapping[str, Var]) -> FigureKind:
+    """The figure that a style asks for: the declared one, or one of the variable it names."""
+    own = STYLES if isinstance(kind, Contours) else ()
+    if not style or style in own:
+        return kind
+    if style in variables:
+        dims = variables[style].dims
+        return Heatmap(z=style, x=dims[-1], y=dims[-2]) if len(dims) >= 2 else Lines(y=style, x="".join(dims))
+    if not isinstance(kind, (Lines, Bands, Heatmap, Contours)) and _n_positional(kind) >= 3:
+        return kind  # the analyzer's own drawing knows its styles
+    drawable = [n for n, var in variables.items() if var.dims != (n,)]
+    raise InputError(
+        f"{style!r} is not a style of the figure of {analyzer}.",
+        (f"Styles: {', '.join(own)}. " if own else "") + f"Or a variable: {', '.join(drawable)}.",
+    )
+
+
+def _inner(result: Result, name: str) -> tuple[str, ...]:
+    return tuple(d for d in result.arrays[name].dims if d != result.lead)
 
 
 def _n_positional(function: Callable[..., Any]) -> int:
@@ -128,7 +150,7 @@ def _plain_kind(result: Result) -> FigureKind:
     if not numeric:
         raise InputError(f"{result.analyzer}: the report holds no numbers to draw")
     name = next(iter(numeric))
-    inner = [d for d in numeric[name].dims if d != result.lead]
+    inner = _inner(result, name)
     return Heatmap(z=name, x=inner[-1], y=inner[-2]) if len(inner) >= 2 else Lines(y=name)
 
 

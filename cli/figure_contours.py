@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES = ("contour", "filled", "surface")
+ENOUGH_LEVELS = 3
+"""A panel with fewer of the shared levels gets some of its own."""
+
 SLICE = "A slice: a non-convex picture shows a non-convex loss, never the converse"
 
 
@@ -111,15 +114,29 @@ class _Painter:
             drawn = ax.contour(self.x, self.y, z, inside, **lines)
             if self.look == "contour":
                 self._label(ax, drawn, size)
-            self._chance(ax, z)
-        else:
-            ends = f"{style.number(float(f'{z.min():.2g}'))} to {style.number(float(f'{z.max():.2g}'))}"
-            ax.text(0.5, 0.75, f"between levels:\n{ends}", transform=ax.transAxes, ha="center", fontsize=size)
+        if inside.size < ENOUGH_LEVELS:
+            self._own_levels(ax, z, size)
+        self._chance(ax, z)
         self._mark_missing(ax, plane)
         if self._centred:
             cross = {"marker": "x", "markersize": 4, "linestyle": ""}
             ax.plot(0, 0, color="white", markeredgewidth=2, **cross)  # a rim, for dark colours below
             (self.handles["θ*"],) = ax.plot(0, 0, color="black", markeredgewidth=0.9, **cross)
+
+    def _own_levels(self, ax: Any, z: Any, size: float) -> None:
+        """Thin lines at levels of this panel alone, where the shared ones are too far apart for it."""
+        from matplotlib.lines import Line2D
+
+        levels = style.nice_levels(float(z.min()), float(z.max()), 6)
+        levels = levels[~np.isin(levels, self.scale.levels)]
+        if levels.size:
+            colour = style.INK if self.look == "filled" else style.GREY
+            drawn = ax.contour(self.x, self.y, z, levels, colors=colour, linewidths=0.35)
+            self._label(ax, drawn, size)
+            self.handles["levels of one panel"] = Line2D([], [], color=colour, linewidth=0.35)
+        else:
+            text = f"flat: {style.number(float(f'{z.mean():.4g}'))}"
+            ax.text(0.5, 0.75, text, transform=ax.transAxes, ha="center", fontsize=size)
 
     def _label(self, ax: Any, drawn: Any, size: float) -> None:
         """Values on the contour lines long enough to carry them."""

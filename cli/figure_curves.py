@@ -16,6 +16,7 @@ from dynprobe.cli.figure_panels import (
     MAXIMAL_PANELS,
     along,
     chance_level,
+    fact,
     number_or_nan,
     piece_title,
     require,
@@ -67,10 +68,10 @@ def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, l
         panel.chance = chance_level(result, name)
         panel.scale = name.removeprefix("test_")
         panel.log_y = log_y and panel.scale == names[0]
-    ordered = _ordered_curves(result, names[0], axis)
-    paint_panels(
-        figure, panels, axis, ordered=ordered, centre=bool(axis.values.min() <= 0 <= axis.values.max())
-    )
+    marks = {0.0: "θ*"}
+    if (directions := str(fact(result, "directions") or "")).startswith("to:"):
+        marks[1.0] = directions.removeprefix("to:")
+    paint_panels(figure, panels, axis, ordered=_ordered_curves(result, names[0], axis), marks=marks)
     return list(dict.fromkeys(_band_note(result, name, None) for name in names))
 
 
@@ -93,9 +94,10 @@ def horizontal(result: Result, x: str, array: Array) -> Axis:
 def _crowded(axis: Axis) -> bool:
     """Whether steps were saved at growing intervals, so that a linear axis squeezes the first ones."""
     steps = np.unique(axis.values)
-    if not axis.is_step or len(steps) < 5 or steps[0] < 0:
+    if not axis.is_step or len(steps) < 4 or steps[0] < 0:
         return False
-    return bool(steps[-1] - steps[0] > 20 * np.median(np.diff(steps)))
+    gaps = np.diff(steps)
+    return bool(gaps[-1] > 10 * gaps[0] and np.mean(np.diff(gaps) >= 0) >= 0.8)
 
 
 def _ordered_curves(result: Result, name: str, axis: Axis) -> bool:
@@ -127,12 +129,17 @@ def _panels_of(result: Result, name: str, axis: Axis, bounds: Bounds) -> list[Pa
 
 def _with_band(result: Result, name: str, bounds: Bounds) -> tuple[Array, Array, Array]:
     """The variable with its lower and upper edge; the edges are NaN where it has no error."""
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity ± infinity has no band
+        return _values_and_edges(result, name, bounds)
+
+
+def _values_and_edges(result: Result, name: str, bounds: Bounds) -> tuple[Array, Array, Array]:
     array = result.arrays[name]
     values = array.values.astype(float)
     if bounds is not None:
         low, high = (result[b].astype(float) for b in bounds)
-    elif array.error in result:
-        error = result[array.error].astype(float)
+    elif error_name := _error_of(result, name):
+        error = result[error_name].astype(float)
         low, high = values - error, values + error
     else:
         low = high = np.full(values.shape, math.nan)
@@ -198,7 +205,18 @@ def _band_note(result: Result, name: str, bounds: Bounds) -> str:
         return "band: " + " to ".join(b.replace("_", " ") for b in bounds)
     if SPREAD in array.dims:
         return f"band of {name}: range over {array.values.shape[array.dims.index(SPREAD)]} seeds"
-    if array.error not in result:
-        return ""
-    error = result.arrays[array.error].long_name or array.error.replace("_", " ")
-    return f"band: ± {error[0].lower()}{error[1:]}"
+    error = _error_of(result, name)
+    text = result.arrays[error].long_name or error.replace("_", " ") if error else ""
+    return f"band of {name.replace('_', ' ')}: ± {text[0].lower()}{text[1:]}" if text else ""
+
+
+def _error_of(result: Result, name: str) -> str:
+    """What the band of a variable shows: its spread between random directions if known, else its error.
+
+    The spread tells whether another drawing would give another picture, so it is the more honest of the two.
+    """
+    array = result.arrays[name]
+    for error in (f"{name}_spread", array.error):
+        if error in result and result.arrays[error].dims == array.dims:
+            return error
+    return ""

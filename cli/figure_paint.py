@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,12 @@ class Look:
 
 
 def paint_panels(
-    figure: Figure, panels: Sequence[Panel], axis: Axis, *, ordered: bool, centre: bool = False
+    figure: Figure,
+    panels: Sequence[Panel],
+    axis: Axis,
+    *,
+    ordered: bool,
+    marks: Mapping[float, str] | None = None,
 ) -> None:
     """Draw the panels, two or three to a row, with one legend or colour bar for all.
 
@@ -96,7 +101,7 @@ def paint_panels(
         panels: What to draw.
         axis: The horizontal axis they share.
         ordered: Whether the curves are a sequence (checkpoints) rather than categories.
-        centre: Whether zero is the checkpoint θ* and to be marked.
+        marks: Places along the axis that have a name (θ* at zero).
     """
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -108,7 +113,7 @@ def paint_panels(
     for i, panel in enumerate(panels):
         ax = figure.add_subplot(rows, columns, i + 1)
         axes.append(ax)
-        _panel(ax, panel, axis, look, handles, centre=centre)
+        _panel(ax, panel, axis, look, handles, marks or {})
         if i + columns >= len(panels):
             ax.set_xlabel(axis.label)
         else:
@@ -118,7 +123,9 @@ def paint_panels(
     _legend(figure, axes, look, handles)
 
 
-def _panel(ax: Any, panel: Panel, axis: Axis, look: Look, handles: dict[str, Any], *, centre: bool) -> None:
+def _panel(
+    ax: Any, panel: Panel, axis: Axis, look: Look, handles: dict[str, Any], marks: Mapping[float, str]
+) -> None:
     ax.set_ylabel(panel.y_label)
     ax.set_title(style.escaped(panel.title), loc="left")
     ax.spines[["top", "right"]].set_visible(False)
@@ -127,9 +134,11 @@ def _panel(ax: Any, panel: Panel, axis: Axis, look: Look, handles: dict[str, Any
     for curve in panel.curves:
         _curve(ax, curve, look)
         _mark_missing(ax, curve, look, handles)
-    if centre:
-        ax.axvline(0, color=style.PALE, linewidth=0.6, zorder=0)
-        ax.annotate("θ*", (0, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=6)
+    for place, name in marks.items():
+        if axis.values.min() <= place <= axis.values.max():
+            ax.axvline(place, color=style.PALE, linewidth=0.6, zorder=0)
+            at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 6}
+            ax.annotate(style.escaped(name), (place, 1), **at)
     if panel.chance is not None:
         line = ax.axhline(panel.chance, color=style.GREY, linewidth=0.6, linestyle=(0, (1, 2)))
         handles[chance_text(panel.chance)] = line

@@ -24,8 +24,8 @@ def require(result: Result, name: str) -> None:
     """
     if name not in result:
         raise InputError(
-            f"{result.analyzer}: the report has no variable {name!r}, which its figure shows",
-            tip=f"It has {', '.join(sorted(result.variables)) or 'none'}.",
+            f"{result.analyzer}: there is no variable {name!r} to draw",
+            tip=f"The result has {', '.join(sorted(result.variables)) or 'none'}.",
         )
 
 

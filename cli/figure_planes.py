@@ -83,7 +83,8 @@ def _stack(result: Result, name: str, x: str, y: str) -> tuple[np.ndarray, list[
     dim_x, dim_y = _dim(result, x, name), _dim(result, y, name)
     values, dims = array.values.astype(float), list(array.dims)
     if SPREAD in dims and SPREAD not in (dim_x, dim_y):
-        values = values.mean(axis=dims.index(SPREAD))
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = values.mean(axis=dims.index(SPREAD))
         dims.remove(SPREAD)
     lead = [d for d in dims if d == result.lead and d not in (dim_x, dim_y)]
     others = [d for d in dims if d not in (*lead, dim_x, dim_y)]

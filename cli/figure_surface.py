@@ -64,9 +64,10 @@ def _dress_box(ax: Any, labels: tuple[str, str]) -> None:
         axis.line.set_linewidth(0.5)
         axis.set_tick_params(pad=-4, labelsize=5)
         axis.labelpad = -10
-        axis.set_label_text("\n".join(textwrap.wrap(text.replace("\n", " "), 26)), fontsize=5)
+        axis.set_label_text("\n".join(textwrap.wrap(text.replace("\n", " "), 20)), fontsize=5)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(style.number)
+    ax.patch.set_visible(False)  # it would cover the labels of its neighbours
     ax.view_init(elev=30, azim=-55)
     ax.set_box_aspect((1, 1, 0.75), zoom=1.0)

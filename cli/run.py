@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from dynprobe.cli.request import Request
 
+PARAVIEW = (".vts", ".vtp")
+
 
 def run(request: Request) -> int:
     """Do what a request asks; returns the exit code.
@@ -124,9 +126,14 @@ def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
 
     check_writable(report)
     if figure := figure_path(request, plan, report):
-        from dynprobe.cli.figure import check_figure
+        from dynprobe.cli.figure import SUFFIXES
 
-        check_figure(figure, plan.declaration, request.style)
+        if figure.suffix.lower() not in (*SUFFIXES, *PARAVIEW):
+            known = ", ".join((*SUFFIXES, *PARAVIEW))
+            raise InputError(
+                f"--figure {figure}: a figure is one of {known}.", f"Try {figure.with_suffix('.pdf')}"
+            )
+        check_writable(figure)
     if not report.exists() or request.fresh:
         return
     older = read_report(report).get(plan.declaration.group)
@@ -224,9 +231,7 @@ def _finish(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     figure = figure_path(request, plan, report)
     if figure is not None and len(failed) < len(pieces):
-        from dynprobe.cli.figure import draw
-
-        draw(result, declaration, figure, style=request.style)
+        _draw(result, declaration, figure, request.style)
     if not request.quiet:
         written = f"report: {report}" + (
             f"   figure: {figure}" if figure and len(failed) < len(pieces) else ""
@@ -241,6 +246,17 @@ def _finish(
             errors.warn(f"{_label(piece)}: {piece.reason}")
         return errors.SOME_FAILED
     return errors.DONE
+
+
+def _draw(result: Result, declaration: Declaration, figure: Path, style: str) -> None:
+    if figure.suffix.lower() in PARAVIEW:
+        from dynprobe.cli.paraview import write_paraview
+
+        write_paraview(result, figure)
+        return
+    from dynprobe.cli.figure import draw
+
+    draw(result, declaration, figure, style=style)
 
 
 def summarised(declaration: Declaration, result: Result) -> Result:

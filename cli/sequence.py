@@ -50,6 +50,7 @@ def inspect(
     with_hash: Annotated[bool, typer.Option("--hash", help="Add content hashes; reads all weights.")] = False,
 ) -> None:
     """List the checkpoints of runs: step, format, parameters, dtype, size. Reads no weights."""
+    from dynprobe.cli.errors import warn
     from dynprobe.io.checkpoints import open_runs
 
     sequences = open_runs(runs, key=key, ema=ema, step_pattern=step_pattern)
@@ -64,7 +65,7 @@ def inspect(
     _print_notes(sequences)
     problems = [row["problem"] for rows in facts for row in rows if row["problem"]]
     for problem in problems:
-        print(f"unreadable: {problem}", file=sys.stderr)
+        warn(f"unreadable: {problem}")
     if problems:
         raise typer.Exit(1)
 
@@ -80,6 +81,7 @@ def check(
 
     Reads all weights, one checkpoint at a time. Prints one line for each finding and exits 1 if there is any.
     """
+    from dynprobe.cli.errors import note
     from dynprobe.io.audit import audit
     from dynprobe.io.checkpoints import open_runs
 
@@ -110,7 +112,7 @@ def check(
     if findings:
         raise typer.Exit(1)
     count = sum(len(sequence) for sequence in sequences)
-    print(f"{count} checkpoint{'s' * (count != 1)}: nothing found", file=sys.stderr)
+    note(f"{count} checkpoint{'s' * (count != 1)}: nothing found")
 
 
 _COLUMNS = ("step", "unit", "source", "format", "parameters", "dtype", "bytes", "path")
@@ -204,10 +206,13 @@ def human_size(n_bytes: int) -> str:
 
 
 def _print_notes(sequences: list[Sequence]) -> None:
+    from dynprobe.cli.errors import note, warn
+
     for sequence in sequences:
-        for kind, texts in (("note", sequence.notes), ("warning", sequence.warnings)):
-            for text in texts:
-                print(f"{kind}: {sequence.name}: {text}", file=sys.stderr)
+        for text in sequence.notes:
+            note(f"{sequence.name}: {text}")
+        for text in sequence.warnings:
+            warn(f"{sequence.name}: {text}")
 
 
 def _report_progress(checkpoint: Checkpoint) -> None:

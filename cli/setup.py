@@ -71,25 +71,33 @@ class Specs:
             merge_spec(request.loss, {}, manifest.loss, "--loss"),
         )
 
-    def need(self, kind: str, option: str) -> Spec:
+    def require(self, kinds: Sequence[str]) -> None:
+        """Check that something says all of these: of `model`, `data` and `loss`.
+
+        Raises:
+            InputError: If not; names all that is missing, the options, and a manifest to copy.
+        """
+        missing = [kind for kind in kinds if getattr(self, kind) is None]
+        if not missing:
+            return
+        what = {"model": "how to build the model", "data": "which data to use", "loss": "which loss"}
+        options = ", ".join(f"--{kind}" for kind in missing)
+        raise InputError(
+            f"{self.where}: a checkpoint does not say {' and '.join(what[kind] for kind in missing)}, "
+            "and there is no dynprobe.toml that does.",
+            f"Give {options}, or put a dynprobe.toml into the run folder "
+            f"(`dynprobe init` proposes one):\n{EXAMPLE}",
+        )
+
+    def need(self, kind: str) -> Spec:
         """The spec of a kind.
 
         Raises:
-            InputError: If nothing says it; shows the option and a manifest to copy.
+            InputError: As `require`.
         """
-        spec: Spec | None = getattr(self, kind)
-        if spec is None:
-            what = {
-                "model": "how to build the model",
-                "data": "which data to measure on",
-                "loss": "which loss",
-            }[kind]
-            raise InputError(
-                f"{self.where}: a checkpoint does not say {what}, and there is no {option} and no "
-                "dynprobe.toml that does.",
-                f"Give {option}, or put a dynprobe.toml into the run folder "
-                f"(`dynprobe init` proposes one):\n{EXAMPLE}",
-            )
+        self.require([kind])
+        spec = getattr(self, kind)
+        assert isinstance(spec, Spec)
         return spec
 
 
@@ -195,19 +203,19 @@ def _setup(request: Request, specs: Specs, shared: SharedData) -> Setup:
     from dynprobe.io.models import build_model, fit_state
 
     def model() -> torch.nn.Module:
-        return build_model(specs.need("model", "--model"), trust=request.trust)
+        return build_model(specs.need("model"), trust=request.trust)
 
     def fit(module: torch.nn.Module, state: State, where: str) -> tuple[State, list[str]]:
         return fit_state(module, state, where=where)
 
     def batches() -> Any:
-        return shared.batches(specs.need("data", "--data"))
+        return shared.batches(specs.need("data"))
 
     def test_batches() -> Any:
         return shared.batches(specs.test_data) if specs.test_data else None
 
     def loss() -> Any:
-        return make_loss(specs.need("loss", "--loss"), trust=request.trust)
+        return make_loss(specs.need("loss"), trust=request.trust)
 
     def other(path: str) -> CheckpointLike:
         from dynprobe.io.checkpoints import open_runs

@@ -93,7 +93,7 @@ def number(value: float, _position: int = 0) -> str:
     mantissa, exponent = f"{value:.2e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".").replace("-", "−")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-    return power if mantissa == "1" else f"{mantissa}×{power}"
+    return f"{mantissa}×{power}" if mantissa not in ("1", "−1") else mantissa.replace("1", power)
 
 
 def label(array: Array, name: str, inches: float = 1.9) -> str:

@@ -118,7 +118,9 @@ def _shard(text: str | None, total: int) -> list[int]:
 def _check_inputs(declaration: Declaration, prepared: list[PreparedRun]) -> None:
     """Build model, data and loss once per run now: what the user has to mend is said before any compute."""
     whole_run = declaration.grain in ("run", "group")
+    kinds = {"model": "model", "data": "batches", "loss": "loss"}
     for each in prepared:
+        each.specs.require([kind for kind, field in kinds.items() if declaration.wants(field)])
         setup = each.run.setup
         if declaration.wants("batches"):
             _ = setup.batches

@@ -12,8 +12,10 @@ from dynprobe.io.errors import InputError, UnreadableCheckpoint
 from dynprobe.io.hashing import content_hash
 from dynprobe.io.header import Header, OpenedCheckpoint
 from dynprobe.io.manifest import Manifest, find_manifest
+from dynprobe.io.ordering import compiled_pattern, drop_aliases, set_steps
 from dynprobe.io.readers import open_file
 from dynprobe.io.run_folders import Listing, weight_files
+from dynprobe.io.run_specs import run_labels, run_listings
 from dynprobe.io.selection import select_steps
 from dynprobe.io.state_search import NoSuchKey, NoWeights
 

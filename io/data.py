@@ -5,7 +5,6 @@ Sources: `sklearn:NAME`, a `.npz`, `.safetensors`, `.h5`, `.pt` or `.csv` file, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynprobe.io.code import names_code, resolve_callable
 from dynprobe.io.errors import UnusableData
+from dynprobe.io.hashing import content_hash
 from dynprobe.io.spec import Spec
 
 if TYPE_CHECKING:
@@ -66,12 +66,8 @@ class Dataset:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of the tensors used."""
-        digest = hashlib.sha256()
-        for name, tensor in named_tensors(self.inputs, self.targets):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(_bytes(tensor))
-        return digest.hexdigest()
+        """Content hash over names, dtypes, shapes and bytes of the tensors used."""
+        return content_hash(dict(named_tensors(self.inputs, self.targets)))
 
     def batches(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> Batches:
         """Cut into batches of `batch_size` in fixed order; the last one may be smaller.
@@ -207,7 +203,7 @@ def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 def named_tensors(inputs: Inputs, targets: Tensor) -> list[tuple[str, Tensor]]:
     """All tensors of a data set, with names for messages and hashes."""
     if isinstance(inputs, dict):
-        pairs: list[tuple[str, Any]] = sorted(inputs.items())
+        pairs: list[tuple[str, Any]] = [(f"input {name}", inputs[name]) for name in sorted(inputs)]
     elif isinstance(inputs, tuple):
         pairs = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
     else:
@@ -257,10 +253,3 @@ def _fits(device: torch.device, tensors: list[tuple[str, Tensor]]) -> bool:
         return True
     free, _ = torch.cuda.mem_get_info(device)
     return sum(tensor.nbytes for _, tensor in tensors) < _GPU_SHARE * free
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The values as they lie in memory, without a copy."""
-    import torch
-
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ NOT_A_COORDINATE = "_nc4_non_coord_"
 
 
 SEAL = b"dynprobe sealed\n"
-"""Stands after the last byte HDF5 knows of (which HDF5 ignores), followed by the SHA-256 of what is before."""
+"""Stands after the last byte HDF5 knows of (it ignores the rest), before the SHA-256 of all that precedes."""
 
 
 def image(build: Callable[[h5py.File], None]) -> bytes:
@@ -154,7 +154,9 @@ def _sizes(arrays: Mapping[str, Array]) -> dict[str, int]:
     for name, array in arrays.items():
         for dim, size in zip(array.dims, array.values.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
-                raise ValueError(f"{name}: dimension {dim} has {size} entries here and {sizes[dim]} elsewhere")
+                raise ValueError(
+                    f"{name}: dimension {dim} has {size} entries here and {sizes[dim]} elsewhere"
+                )
     return sizes
 
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 
 def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
+    """Compile `--step-pattern` or the manifest's step regex; None stays None.
+
+    Raises:
+        InputError: It is no regular expression, or has no group.
+    """
     if pattern is None:
         return None
     try:

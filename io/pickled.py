@@ -51,8 +51,8 @@ class PickledCheckpoint:
         if unpickler.holds_shards:
             raise UnreadableCheckpoint(
                 f"{path}: holds DTensor shards, one rank's part of the weights.",
-                tip="Save the whole model (torch.distributed.checkpoint.save, or a full state dict gathered on "
-                "one rank) and give that.",
+                tip="Save the whole model and give that: torch.distributed.checkpoint.save, or a full state "
+                "dict gathered on one rank.",
             )
         found, notes = find_state(tree, str(path), key=key, ema=ema)
         renamed, more = strip_wrappers(found.tensors)

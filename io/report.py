@@ -113,7 +113,9 @@ def _build(file: h5py.File, path: Path, results: Mapping[str, Result]) -> None:
         _write_group(file.create_group(name), result)
     everything = [json.loads(g.attrs["provenance"]) for g in file.values() if "provenance" in g.attrs]
     history = [f"{a.get('created', '')}: {a.get('command', '')}" for a in everything if "command" in a]
-    shared = {k: v for k, v in everything[0].items() if k != "index" and all(a.get(k) == v for a in everything)}
+    shared = {
+        k: v for k, v in everything[0].items() if k != "index" and all(a.get(k) == v for a in everything)
+    }
     hdf5.write_attributes(file, shared)
     about = {"title": "dynprobe report", "history": "\n".join(sorted(history)), "dynprobe_layout": LAYOUT}
     hdf5.write_attributes(file, {"Conventions": "CF-1.11", **about, "provenance": dumps(shared)})

@@ -40,6 +40,8 @@ def _positions(part: str, steps: Sequence[int | float | None]) -> list[int]:
         return everything[-1:]
     try:
         fields = part.split(":")
+        if not part or len(fields) > 3:
+            raise ValueError(part)
         if len(fields) == 3:
             first, last, stride = (int(field) if field else None for field in fields)
             return everything[first:last:stride]

@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dynprobe.io.errors import InputError, UnreadableCheckpoint
@@ -37,21 +38,26 @@ class Found:
         path: Where it is, e.g. ("model", "state_dict"); empty for the file's top level.
         tensors: Name → reference.
         is_module: Whether it was put together from a pickled `nn.Module`.
+        is_mixed: Whether the tensors are a minority of what stands there (a loss, an RNG's state).
     """
 
     path: tuple[str, ...]
     tensors: dict[str, TensorRef]
     is_module: bool = False
+    is_mixed: bool = False
 
     @property
     def key(self) -> str:
         """The path as `--key` takes it."""
         return ".".join(self.path)
 
-    @property
-    def numel(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(ref.numel for ref in self.tensors.values())
+    @cached_property
+    def size(self) -> tuple[bool, int, int]:
+        """What candidates are ranked by: unmixed first, then floating-point elements, then all elements."""
+        floating = [
+            ref.numel for ref in self.tensors.values() if "float" in ref.dtype or "complex" in ref.dtype
+        ]
+        return not self.is_mixed, sum(floating), sum(ref.numel for ref in self.tensors.values())
 
     @property
     def is_average(self) -> bool:
@@ -93,7 +99,7 @@ def find_state(
             raise NoSuchKey(f"{where}: {what}.", tip=_listing(candidates))
     else:
         pool = _without_averages(pool)
-    chosen = max(pool, key=lambda found: (found.numel, -len(found.path)))
+    chosen = max(pool, key=lambda found: (found.size, -len(found.path)))
     return chosen, _notes(chosen, candidates, asked=key is not None)
 
 
@@ -169,7 +175,7 @@ def _candidates(tree: object) -> Iterator[Found]:
         parts = list(children(node))
         named = {name: ref for name, ref in parts if isinstance(name, str) and isinstance(ref, TensorRef)}
         if named:
-            yield Found(path, named)
+            yield Found(path, named, is_mixed=len(named) * 2 < len(parts))
         queue.extend(((*path, str(name)), value) for name, value in parts if not _skipped(name))
 
 
@@ -204,10 +210,11 @@ def _module_tensors(root: Stub) -> Iterator[tuple[str, TensorRef]]:
 def _without_averages(pool: list[Found]) -> list[Found]:
     """Drop averaged copies where the weights themselves are there too."""
     plain = [found for found in pool if not found.is_average]
-    largest = max(found.numel for found in pool)
-    if plain and max(found.numel for found in plain) * 2 >= largest:
-        return plain
-    return pool
+    return plain if plain and _floating(plain) * 2 >= _floating(pool) else pool
+
+
+def _floating(pool: list[Found]) -> int:
+    return max(found.size[1] for found in pool)
 
 
 def _notes(chosen: Found, candidates: list[Found], *, asked: bool) -> list[str]:
@@ -217,7 +224,9 @@ def _notes(chosen: Found, candidates: list[Found], *, asked: bool) -> list[str]:
     if chosen.path and not asked:
         notes.append(f"weights found at '{chosen.key}'")
     # Stray single tensors (a loss, a mean) are no alternatives.
-    others = [found for found in candidates if found is not chosen and found.numel * 10 >= chosen.numel]
+    least = max(chosen.size[1] / 10, 1)
+    least = max(chosen.size[1] / 10, 1)
+    others = [found for found in candidates if found is not chosen and found.size[1] >= least]
     if others and not asked:
         listed = ", ".join(f"'{found.key}'" for found in others[:5])
         notes.append(f"also holds {listed} (choose with --key)")
@@ -225,6 +234,6 @@ def _notes(chosen: Found, candidates: list[Found], *, asked: bool) -> list[str]:
 
 
 def _listing(candidates: list[Found]) -> str:
-    ranked = sorted(candidates, key=lambda found: -found.numel)[:10]
+    ranked = sorted(candidates, key=lambda found: found.size, reverse=True)[:10]
     lines = [f"  {found.key or '(top level)'}: {len(found.tensors)} tensors" for found in ranked]
     return "\n".join(["It holds:", *lines])

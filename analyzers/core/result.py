@@ -136,8 +136,13 @@ class Result:
 
     def label(self, piece: int) -> str:
         """What a reader calls the piece: its path, else its run and step."""
-        names = [n for n in self.attributes.get("index", ()) if n.startswith("path")] or ["run", "step"]
-        found = [n for n in names if n in self and self.arrays[n].dims in ((), (self.lead,))]
+        paths = [n for n in self.attributes.get("index", ()) if n.startswith("path")]
+        own = [
+            n
+            for n in (*paths, "run", "runs", "step")
+            if n in self and self.arrays[n].dims in ((), (self.lead,))
+        ]
+        found = [n for n in own if n in paths] or own
         return " | ".join(str(np.atleast_1d(self[n])[piece]) for n in found) or f"piece {piece}"
 
     def select(self, keep: np.ndarray) -> Result:
@@ -165,8 +170,8 @@ def _take(array: Array, dim: str, keep: np.ndarray) -> Array:
 def stack(analyzer: str, grain: str, pieces: Sequence[Piece], attributes: Mapping[str, Any]) -> Result:
     """Stack finished pieces into one result.
 
-    Coordinates that differ between pieces are joined (outer join, first seen first); what a piece
-    lacks there is NaN, as is everything of a failed piece.
+    Coordinates that differ between pieces are joined (outer join: numbers ascending, names first seen
+    first); what a piece lacks there is NaN, as is everything of a failed piece.
 
     Args:
         analyzer: Name of the analyzer.
@@ -175,12 +180,14 @@ def stack(analyzer: str, grain: str, pieces: Sequence[Piece], attributes: Mappin
         attributes: Provenance to carry.
 
     Raises:
-        ValueError: If there is no piece, or two pieces give one variable different dimensions.
+        ValueError: If there is no piece, two pieces give one variable different dimensions, or
+            coordinates that have to be joined name one place twice.
     """
     if not pieces:
         raise ValueError("no piece to stack")
     lead = LEAD[grain] if (grain != "run" or len(pieces) > 1) else ""
     coordinates = _joined_coordinates(pieces)
+    sizes = _sizes(pieces, coordinates)
     templates: dict[str, Array] = {}
     for piece in pieces:
         for name, array in piece.arrays.items():
@@ -192,9 +199,9 @@ def stack(analyzer: str, grain: str, pieces: Sequence[Piece], attributes: Mappin
         if name in coordinates and template.dims == (name,):
             arrays[name] = replace(template, values=coordinates[name])
         elif "checkpoint" in template.dims and grain == "run":
-            arrays[name] = _concatenate(name, template, pieces, coordinates)
+            arrays[name] = _concatenate(name, template, pieces, coordinates, sizes)
         else:
-            arrays[name] = _stack_one(name, template, pieces, lead, coordinates)
+            arrays[name] = _stack_one(name, template, pieces, lead, coordinates, sizes)
     index = tuple(dict.fromkeys([*pieces[0].index, *(n for p in pieces for n in p.index)]))
     if grain == "run":
         index += tuple(n for n in ("step", "path", "checkpoint_run") if n in templates)
@@ -212,6 +219,9 @@ def _joined_coordinates(pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
             if name not in joined:
                 joined[name] = array.values
             elif not np.array_equal(joined[name], array.values):
+                for labels in (joined[name], array.values):
+                    if len(set(labels.tolist())) < len(labels):
+                        raise ValueError(f"{name}: two entries have one label, so pieces cannot be aligned")
                 new = array.values[~np.isin(array.values, joined[name])]
                 both = np.concatenate([joined[name], new])
                 joined[name] = np.sort(both) if both.dtype.kind in "if" else both
@@ -227,7 +237,7 @@ def _index_arrays(pieces: Sequence[Piece], lead: str) -> dict[str, Array]:
 
     arrays = {}
     for name in dict.fromkeys(n for p in pieces for n in p.index):
-        arrays[name] = column((p.index.get(name, "") for p in pieces), name.replace("_", " "))
+        arrays[name] = column((p.index.get(name) for p in pieces), name.replace("_", " "))
     arrays["status"] = column((p.status for p in pieces), "ok, incomplete, not converged or failed")
     arrays["reason"] = column((p.reason for p in pieces), "why it is not ok")
     arrays["seconds"] = column((p.seconds for p in pieces), "wall-clock time", "s")
@@ -239,7 +249,9 @@ def _index_arrays(pieces: Sequence[Piece], lead: str) -> dict[str, Array]:
 
 
 def tidy(values: list[Any]) -> np.ndarray:
-    """A list as an array of integers, floats or strings, never of objects."""
+    """A list as an array of integers, floats or text; `None` is NaN among numbers, else empty text."""
+    if any(v is None for v in values) and any(isinstance(v, (int, float)) for v in values):
+        values = [np.nan if v is None else v for v in values]
     if all(isinstance(v, (bool, int, np.integer, np.bool_)) for v in values):
         return np.array(values, dtype=np.int64)
     if all(isinstance(v, (int, float, np.integer, np.floating)) for v in values):
@@ -278,21 +290,25 @@ def _aligned(
     return out
 
 
-def _full_shape(
-    name: str, template: Array, pieces: Sequence[Piece], coordinates: Mapping[str, np.ndarray]
-) -> tuple[int, ...]:
-    return tuple(
-        len(coordinates[dim])
-        if dim in coordinates
-        else max(p.arrays[name].values.shape[axis] for p in pieces if name in p.arrays)
-        for axis, dim in enumerate(template.dims)
-    )
+def _sizes(pieces: Sequence[Piece], coordinates: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How long each dimension has to be to hold every piece, whichever of its variables has it."""
+    sizes: dict[str, int] = {}
+    for piece in pieces:
+        for array in piece.arrays.values():
+            for dim, size in zip(array.dims, array.values.shape, strict=True):
+                sizes[dim] = max(size, sizes.get(dim, 0))
+    return sizes | {dim: len(labels) for dim, labels in coordinates.items()}
 
 
 def _stack_one(
-    name: str, template: Array, pieces: Sequence[Piece], lead: str, coordinates: Mapping[str, np.ndarray]
+    name: str,
+    template: Array,
+    pieces: Sequence[Piece],
+    lead: str,
+    coordinates: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
 ) -> Array:
-    shape = _full_shape(name, template, pieces, coordinates)
+    shape = tuple(sizes[dim] for dim in template.dims)
     rows = [
         _aligned(p.arrays[name], p, coordinates, shape)
         if name in p.arrays
@@ -305,11 +321,15 @@ def _stack_one(
 
 
 def _concatenate(
-    name: str, template: Array, pieces: Sequence[Piece], coordinates: Mapping[str, np.ndarray]
+    name: str,
+    template: Array,
+    pieces: Sequence[Piece],
+    coordinates: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
 ) -> Array:
     """Runs one after the other along `checkpoint`: each brings its own checkpoints."""
     axis = template.dims.index("checkpoint")
-    full = list(_full_shape(name, template, pieces, coordinates))
+    full = [sizes[dim] for dim in template.dims]
     blocks = []
     for piece in pieces:
         count = next(
@@ -332,37 +352,25 @@ def _concatenate(
 def unstack(result: Result) -> list[Piece]:
     """The pieces a result was stacked from; the inverse of `stack` up to padding.
 
-    A run-grain result of several runs cannot be split again and gives no pieces.
+    Run-level numbers that were added after stacking belong to no piece and are left out.
     """
     lead, spent_names = result.lead, _spent_names(result)
-    if result.grain == "run" and lead:
-        return []
-    index_names = [n for n in result.attributes.get("index", ()) if n not in spent_names]
+    index = [n for n in result.attributes.get("index", ()) if n in result and n not in spent_names]
+    scalar_index = [n for n in index if result.arrays[n].dims in ((), (lead,))]
+    measured = _arrays_of_pieces(result, [n for n in index if n not in scalar_index])
     pieces = []
     for i in range(result.n_pieces):
 
         def at(name: str, i: int = i) -> Any:
             return np.atleast_1d(result[name])[i]
 
-        arrays = {}
-        for name, array in result.variables.items():
-            if lead and lead in array.dims:
-                arrays[name] = replace(array, dims=array.dims[1:], values=array.values[i])
-            else:
-                arrays[name] = array
-        coordinates = {n: a for n, a in result.arrays.items() if a.dims == (n,)}
-        if result.grain == "run":
-            coordinates |= {
-                n: result.arrays[n]
-                for n in index_names
-                if n in result and "checkpoint" in result.arrays[n].dims
-            }
-        scalar_index = [n for n in index_names if n in result and result.arrays[n].dims in ((), (lead,))]
         pieces.append(
             Piece(
                 key=str(at("key")),
                 index={n: _plain(at(n)) for n in scalar_index},
-                arrays={**coordinates, **arrays} if str(at("status")) != FAILED else {},
+                arrays={}
+                if str(at("status")) == FAILED
+                else {n: _of_piece(result, array, i) for n, array in measured.items()},
                 status=str(at("status")),
                 reason=str(at("reason")),
                 seconds=float(at("seconds")),
@@ -371,6 +379,27 @@ def unstack(result: Result) -> list[Piece]:
             )
         )
     return pieces
+
+
+def _arrays_of_pieces(result: Result, checkpoint_labels: Sequence[str]) -> dict[str, Array]:
+    """Coordinates and variables that came from pieces, still stacked."""
+    lead = result.lead
+    of_pieces = {lead, "checkpoint"} if result.grain == "run" else {lead}
+    variables = {n: a for n, a in result.variables.items() if not lead or of_pieces & set(a.dims)}
+    later = {d for n, a in result.variables.items() if n not in variables for d in a.dims}
+    later -= {d for a in variables.values() for d in a.dims}
+    coordinates = {n: a for n, a in result.arrays.items() if a.dims == (n,) and n not in (lead, *later)}
+    return {**coordinates, **{n: result.arrays[n] for n in checkpoint_labels}, **variables}
+
+
+def _of_piece(result: Result, array: Array, piece: int) -> Array:
+    lead = result.lead
+    if lead and array.dims[:1] == (lead,):
+        values = np.asarray(array.values[piece], dtype=array.values.dtype)
+        return replace(array, dims=array.dims[1:], values=values)
+    if result.grain == "run" and lead and "checkpoint" in array.dims:
+        return _take(array, "checkpoint", result["checkpoint_run"] == result["run"][piece])
+    return array
 
 
 def _spent_names(result: Result) -> list[str]:
@@ -382,4 +411,5 @@ def _spent_names(result: Result) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value  # an unknown step is NaN in a column of numbers

@@ -1,7 +1,7 @@
 """Exact rewrites of an eval-mode network that save work at every point of a surface.
 
 All of them keep the function: they fold what is constant (`fold_batchnorm`), write over what nobody reads
-again (`relu_in_place`), and compute once what is linear in the coordinates (`start_after_first_layer`). They work
+again (`relu_in_place`), and compute once what is linear in the coordinates (`start_after`). They work
 on the graph that `torch.fx` traces; a network that cannot be traced is used as it is.
 """
 
@@ -23,6 +23,7 @@ Direction = dict[str, Tensor]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FOLDABLE = (nn.Linear, *_CONVOLUTIONS)
 _RELU = (functional.relu, torch.relu)
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _OURS = "written anew at every point"  # marks an input that the network may write over
 _ADD = (operator.add, torch.add)
 
@@ -68,6 +69,8 @@ def fold_batchnorm(graph: fx.GraphModule, directions: Sequence[Mapping[str, Tens
         name = str(layer_node.target)
         scale = _fold_into(graph.get_submodule(name), graph.get_submodule(str(node.target)))
         for direction in scaled:
+            for part in _NORM_TENSORS:
+                direction.pop(f"{node.target}.{part}", None)
             for part in ("weight", "bias"):
                 step = direction.get(f"{name}.{part}")
                 if step is not None:
@@ -94,7 +97,7 @@ def _layer_before(node: fx.Node, graph: fx.GraphModule) -> fx.Node | None:
 
 
 def _moves(module: str, directions: Sequence[Mapping[str, Tensor]]) -> bool:
-    entries = (f"{module}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
+    entries = (f"{module}.{name}" for name in _NORM_TENSORS)
     return any(bool(d[entry].any()) for entry in entries for d in directions if entry in d)
 
 
@@ -145,17 +148,11 @@ def _is_fresh(node: object, graph: fx.GraphModule) -> bool:
     return node.op == "call_function" and node.target in _ADD
 
 
-def start_after_first_layer(graph: fx.GraphModule) -> str | None:
-    """Cut off the first layer when it reads nothing but the data and reshapes of it.
+def first_layer(graph: fx.GraphModule) -> str | None:
+    """Name the first layer if it reads nothing but the data and reshapes of it, and nothing else does.
 
     Such a layer's output is linear in its weights, hence in the coordinates: at every point it is
     (Wu + b) + x·(Du + d_b) + y·(Eu + e_b), three arrays that `layer_outputs` computes once.
-
-    Args:
-        graph: From `trace`; afterwards it takes the layer's output as its only input.
-
-    Returns:
-        The layer's name, or None where the network does not begin like that.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
@@ -164,19 +161,23 @@ def start_after_first_layer(graph: fx.GraphModule) -> str | None:
     while len(node.users) == 1:
         node = next(iter(node.users))
         if isinstance(_module(node, graph), _FOLDABLE):
-            break
+            return str(node.target) if _used_once(node, graph) else None
         if not _reshapes(node, graph):
             return None
-    if not isinstance(_module(node, graph), _FOLDABLE) or not _used_once(node, graph):
-        return None
-    with graph.graph.inserting_before(inputs[0]):
+    return None
+
+
+def start_after(graph: fx.GraphModule, layer: str) -> None:
+    """Cut off all up to `first_layer`: the graph now takes that layer's output, and may write over it."""
+    nodes = list(graph.graph.nodes)
+    node = next(node for node in nodes if node.op == "call_module" and node.target == layer)
+    with graph.graph.inserting_before(nodes[0]):
         output = graph.graph.placeholder("first_layer_output")
     output.meta[_OURS] = True
     node.replace_all_uses_with(output)
-    graph.graph.eliminate_dead_code()
-    graph.graph.erase_node(inputs[0])
+    for dead in reversed(nodes[: nodes.index(node) + 1]):
+        graph.graph.erase_node(dead)
     _clean(graph)
-    return str(node.target)
 
 
 def _reshapes(node: fx.Node, graph: fx.GraphModule) -> bool:
@@ -208,22 +209,21 @@ def layer_input(model: nn.Module, name: str, inputs: Tensor) -> Tensor:
 
 def layer_outputs(
     layer: nn.Module, name: str, directions: Sequence[Mapping[str, Tensor]], inputs: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the layer's output at the centre and its change per unit of each direction.
+) -> list[Tensor]:
+    """Return the layer's output at the centre, then its change per unit of each direction.
 
     Computed in float64 and rounded once, which is closer to the exact value than the layer itself comes.
     """
     wide = copy.deepcopy(layer).double()
     wide_inputs = inputs.double()
-    changes = []
     with torch.no_grad():
-        centre = wide(wide_inputs).to(inputs.dtype)
+        outputs = [wide(wide_inputs).to(inputs.dtype)]
         for direction in directions:
             for part, parameter in wide.named_parameters():
                 step = direction.get(f"{name}.{part}")
                 parameter.copy_(torch.zeros_like(parameter) if step is None else step)
-            changes.append(wide(wide_inputs).to(inputs.dtype))
-    return centre, changes
+            outputs.append(wide(wide_inputs).to(inputs.dtype))
+    return outputs
 
 
 def _module(node: fx.Node, graph: fx.GraphModule) -> nn.Module | None:

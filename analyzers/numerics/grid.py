@@ -64,7 +64,7 @@ def covering_axis(low: float, high: float, n: int, margin: float = 0.15) -> Floa
     if n < 3:
         raise ValueError(f"an axis around a path needs at least 3 points, not {n}.")
     low, high = min(low, 0.0), max(high, 0.0)
-    room = margin * ((high - low) or 1.0)
+    room = margin * (high - low) if high - low > 1e-30 else 1.0
     step = (high - low + 2 * room) / (n - 1)
     while math.ceil((room - low) / step) + math.ceil((room + high) / step) > n - 1:
         step *= 1.01

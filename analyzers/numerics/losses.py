@@ -15,6 +15,10 @@ PerSample = Callable[[Tensor, Tensor], Tensor]
 
 IGNORED_TARGET = -100  # PyTorch's default `ignore_index`: such a position is in no average
 
+# PyTorch's CPU softmax is not vectorised along so few classes; along the samples
+# instead it is 4 to 6 times faster.
+SHORT = 16
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -121,6 +125,9 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         return _mean_within_sample(
             functional.cross_entropy(outputs, targets.to(outputs.dtype), reduction="none")
         )
+    if outputs.dim() == 2 and outputs.shape[1] < SHORT:
+        log_probability = functional.log_softmax(outputs.t().contiguous(), 0).t()
+        return functional.nll_loss(log_probability, targets, reduction="none")
     terms = functional.cross_entropy(outputs, targets, reduction="none")
     return terms if terms.dim() == 1 else _mean_where(terms, targets != IGNORED_TARGET)
 

@@ -107,9 +107,9 @@ def principal_axes(
     "mean" rows are centred first, as sklearn's PCA (and so the code of Li et al.) does.
 
     Args:
-        gram: From `trajectory_gram`, reference θ_n last: the row of θ_n is zero and may be there or not.
+        gram: From `trajectory_gram` with θ_n as reference and as last row (which is zero).
         n_components: How many axes.
-        steps: Training step of each row, then of θ_n when `gram` lacks its row; evenly spaced when None.
+        steps: Training step of each row; evenly spaced when None.
         center: See above.
 
     Returns:
@@ -159,15 +159,15 @@ def random_walk_spectrum(
     point, and 6/(πk)² = 60.8 %, 15.2 %, … centred. A trajectory has to beat this to be called flat.
 
     Args:
-        n_rows: Rows, θ_n's own included or not (as in `principal_axes`).
-        steps: n_rows or n_rows + 1 numbers; evenly spaced when None.
+        n_rows: Rows, the last of them θ_n's own.
+        steps: One number per row; evenly spaced when None.
         center: As in `principal_axes`.
 
     Returns:
         Shares in descending order, shape (n_rows,).
     """
-    times = np.arange(n_rows + 1.0) if steps is None else np.asarray(steps, dtype=np.float64)
-    ages = (times[-1] - times)[:n_rows]
+    times = np.arange(float(n_rows)) if steps is None else np.asarray(steps, dtype=np.float64)
+    ages = times[-1] - times
     middle = np.eye(n_rows) - (1.0 / n_rows if center == "mean" else 0.0)
     value = np.linalg.eigvalsh(middle @ np.minimum.outer(ages, ages) @ middle)[::-1]
     shares: NDArray[np.float64] = np.maximum(value, 0.0) / value.sum()

@@ -15,9 +15,10 @@ from dynprobe.analyzers.numerics.batchnorm import batchnorm_layers, recompute_st
 from dynprobe.analyzers.numerics.evaluate import Batch, call, move, resolve_metrics
 from dynprobe.analyzers.numerics.losses import Loss, PerSample
 from dynprobe.analyzers.numerics.params import private_copy, set_eval
+from dynprobe.analyzers.numerics.plane import Direction
+from dynprobe.analyzers.numerics.prepare import prepare_fast, prepare_plain
 
 BatchNorm = Literal["frozen", "recompute"]
-Direction = Mapping[str, Tensor]
 Row = dict[str, NDArray[np.float64]]
 
 
@@ -44,8 +45,7 @@ class Surface:
 
     Attributes:
         n_samples: Of `batches`.
-        forwards: Forward passes over all the data spent so far (a data set and a point each count one).
-        notes: What was done to be fast, or why it was not, in words.
+        forwards: Forward passes spent so far, each over one whole data set at one point.
 
     Raises:
         ValueError: No data, or a direction that does not fit the model.
@@ -71,20 +71,24 @@ class Surface:
             raise ValueError(f"a surface has one or two directions, not {len(directions)}")
         if batchnorm not in get_args(BatchNorm):
             raise ValueError(f"batchnorm is one of {', '.join(get_args(BatchNorm))}, not {batchnorm!r}")
-        self.notes: list[str] = []
         self.forwards = 0.0
         self._metrics = resolve_metrics(metrics, loss)
         device = torch.device(device) if device is not None else _device(model)
-        self._data = {"": _hold(batches, device, dtype)}
+        data = {"": _hold(batches, device, dtype)}
         if test_batches is not None:
-            self._data["test_"] = _hold(test_batches, device, dtype)
-        self.n_samples = _count(self._data[""])
-        self._model = private_copy(model).to(device=device, dtype=dtype)
-        set_eval(self._model)
-        self._recompute = batchnorm == "recompute" and bool(batchnorm_layers(self._model))
-        self._two_dimensional = len(directions) == 2
-        self._plane = Plane(self._model, directions)
+            data["test_"] = _hold(test_batches, device, dtype)
+        self.n_samples = sum(len(targets) for _inputs, targets in data[""])
+        model = private_copy(model).to(device=device, dtype=dtype)
+        set_eval(model)
+        self._recompute = batchnorm == "recompute" and bool(batchnorm_layers(model))
+        prepare = prepare_plain if self._recompute else prepare_fast
+        self._network = prepare(model, data, directions)
         self._centre: dict[str, Tensor] | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to be fast, and what could not be, in words."""
+        return self._network.notes
 
     def row(self, y: float, xs: Sequence[float]) -> Row:
         """Evaluate the points (x, y) for the given xs.
@@ -95,8 +99,6 @@ class Surface:
             `<metric>_difference_stderr`, that of the difference from the centre, paired by sample, which is
             what the shape of the surface depends on.
         """
-        if y != 0 and not self._two_dimensional:
-            raise ValueError("a surface along one direction has only the row y = 0")
         if self._centre is None:
             self._centre = {name: values[0] for name, values in self._values(0.0, [0.0]).items()}
         result: Row = {}
@@ -108,121 +110,28 @@ class Surface:
 
     def _values(self, y: float, xs: Sequence[float]) -> dict[str, Tensor]:
         """Per-sample values, shape `(len(xs), n_samples)`, float64 on the CPU; moved there once per row."""
-        points: dict[str, list[Tensor]] = {f"{p}{m}": [] for p in self._data for m in self._metrics}
+        model, data, plane = self._network.model, self._network.data, self._network.plane
+        points: dict[str, list[Tensor]] = {f"{prefix}{name}": [] for prefix in data for name in self._metrics}
         with torch.inference_mode():
-            self._plane.start_row(y)
+            plane.start_row(y)
             for x in xs:
-                self._plane.move_to(x)
+                plane.move_to(x)
                 if self._recompute:
-                    self.forwards += recompute_statistics(self._model, self._data[""])
-                for prefix, data in self._data.items():
-                    for name, values in self._evaluate(data).items():
+                    self.forwards += recompute_statistics(model, data[""])
+                for prefix, batches in data.items():
+                    for name, values in self._evaluate(batches).items():
                         points[prefix + name].append(values)
-        return {name: torch.stack(values).cpu().double().clone() for name, values in points.items()}
+            rows = {name: torch.stack(values).cpu() for name, values in points.items()}
+        return {name: values.to(torch.float64, copy=True) for name, values in rows.items()}
 
-    def _evaluate(self, data: list[Batch]) -> dict[str, Tensor]:
+    def _evaluate(self, batches: list[Batch]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in self._metrics}
-        for inputs, targets in data:
-            outputs = call(self._model, inputs)
+        for inputs, targets in batches:
+            outputs = call(self._network.model, inputs)
             for name, metric in self._metrics.items():
                 parts[name].append(metric(outputs, targets))
         self.forwards += 1
         return {name: torch.cat(values) for name, values in parts.items()}
-
-
-class Plane:
-    """θ* + x·d + y·e written into a model: a row's base θ* + y·e once, then one addition per point.
-
-    Everything is computed from θ* anew, so nothing drifts, and memory is five copies of what moves whatever
-    the number of points. All that moves and has one dtype lies in one flat buffer, of which the model's own
-    tensors become views: a point is one vectorised addition, not one per tensor.
-    """
-
-    def __init__(self, model: nn.Module, directions: Sequence[Direction]) -> None:
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        moving = _moving(tensors, directions)
-        by_dtype: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for name in moving:
-            by_dtype.setdefault((tensors[name].device, tensors[name].dtype), {})[name] = tensors[name]
-        self._parts = [_Flat(group, directions) for group in by_dtype.values()]
-
-    def start_row(self, y: float) -> None:
-        """Set the base of a row, θ* + y·e."""
-        for part in self._parts:
-            part.start_row(y)
-
-    def move_to(self, x: float) -> None:
-        """Move the model to the point x of the current row."""
-        for part in self._parts:
-            part.move_to(x)
-
-
-class _Flat:
-    """The moving tensors of one dtype and device, end to end."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], directions: Sequence[Direction]) -> None:
-        first = next(iter(tensors.values()))
-        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self._centre = _flatten(tensors, tensors, wide)
-        self._steps = [_flatten(direction, tensors, wide) for direction in directions]
-        self._base = self._centre.clone()
-        self._point = self._centre.to(first.dtype, copy=True)
-        for tensor, view in zip(tensors.values(), _views(self._point, tensors), strict=True):
-            tensor.data = view
-
-    def start_row(self, y: float) -> None:
-        if len(self._steps) == 2:
-            torch.add(self._centre, self._steps[1], alpha=y, out=self._base)
-
-    def move_to(self, x: float) -> None:
-        if self._point.dtype == self._base.dtype:
-            torch.add(self._base, self._steps[0], alpha=x, out=self._point)
-        else:  # half precision: the sum in float32, rounded once
-            self._point.copy_(torch.add(self._base, self._steps[0], alpha=x))
-
-
-_ALIGNMENT = 16  # entries: each view starts on a boundary that vector instructions like
-
-
-def _offsets(tensors: Mapping[str, Tensor]) -> list[int]:
-    offsets = [0]
-    for tensor in tensors.values():
-        offsets.append(offsets[-1] + math.ceil(tensor.numel() / _ALIGNMENT) * _ALIGNMENT)
-    return offsets
-
-
-def _views(flat: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return views of the flat buffer with each tensor's shape and memory format (channels last stays so)."""
-    return [
-        flat.as_strided(tensor.shape, torch.empty_like(tensor).stride(), offset)
-        for tensor, offset in zip(tensors.values(), _offsets(tensors), strict=False)
-    ]
-
-
-def _flatten(values: Mapping[str, Tensor], like: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Lay the named values out as `like` is laid out; a name without a value is zero."""
-    first = next(iter(like.values()))
-    flat = torch.zeros(_offsets(like)[-1], dtype=dtype, device=first.device)
-    for name, view in zip(like, _views(flat, like), strict=True):
-        if name in values:
-            view.copy_(values[name].detach())
-    return flat
-
-
-def _moving(tensors: Mapping[str, Tensor], directions: Sequence[Direction]) -> list[str]:
-    """Names, in the model's order, that some direction moves; raises where a direction does not fit."""
-    for direction in directions:
-        for name, step in direction.items():
-            if name not in tensors:
-                raise ValueError(f"a direction names {name!r}, which the model does not have")
-            if step.shape != tensors[name].shape:
-                shapes = f"{tuple(step.shape)}, the model's {tuple(tensors[name].shape)}"
-                raise ValueError(f"the direction of {name!r} is {shapes}")
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and any(name in d and bool(d[name].any()) for d in directions)
-    ]
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -234,10 +143,6 @@ def _hold(batches: Iterable[Batch], device: torch.device, dtype: torch.dtype | N
     if not data:
         raise ValueError("there are no batches to evaluate on")
     return data
-
-
-def _count(data: list[Batch]) -> int:
-    return sum(len(targets) for _inputs, targets in data)
 
 
 def _stderr(values: Tensor) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ from dynprobe.io.readers import torch_zip
 
 NAME = "lightning"
 _MARK = b"pytorch-lightning_version"
+_MARK_WITHIN = 4096
 
 
 def sniff(path: Path) -> bool:
@@ -19,8 +20,8 @@ def sniff(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-            # The mark is at the start of the pickle or right after the weights' names; no parsing needed.
-            return any(_MARK in archive.open(info).read(min(info.file_size, 1 << 24)) for info in pickles[:1])
+            # Lightning writes epoch, global_step, the mark, then the weights: no parsing needed.
+            return any(_MARK in archive.open(info).read(_MARK_WITHIN) for info in pickles[:1])
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError):
         return False
 

@@ -57,7 +57,10 @@ class TestFiles:
         assert (data.n_samples, data.n_total, data.source) == (10, 10, f"d.{suffix}")
 
     def test_arrays_are_chosen_by_name_or_by_split(self, tmp_path):
-        path = save(tmp_path / "d.npz", {"x_train": X, "y_train": Y, "test_images": X[:4], "test_labels": Y[:4], "odd": 2 * X})
+        path = save(
+            tmp_path / "d.npz",
+            {"x_train": X, "y_train": Y, "test_images": X[:4], "test_labels": Y[:4], "odd": 2 * X},
+        )
         assert load(path, split="train").n_samples == 10
         assert load(path, split="test").n_samples == 4
         assert torch.equal(load(path, inputs="odd", targets="y_train").inputs, 2 * X)
@@ -115,7 +118,12 @@ class TestCsv:
     @pytest.fixture
     def table(self, tmp_path):
         path = tmp_path / "d.csv"
-        rows = [["a", "b", "species"], ["1", "0.5", "setosa"], ["2", "1.5", "virginica"], ["3", "2.5", "setosa"]]
+        rows = [
+            ["a", "b", "species"],
+            ["1", "0.5", "setosa"],
+            ["2", "1.5", "virginica"],
+            ["3", "2.5", "setosa"],
+        ]
         with path.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
         return path
@@ -143,7 +151,13 @@ class TestCsv:
 class TestSklearn:
     @pytest.mark.parametrize(
         ("name", "shape"),
-        [("digits", (1797, 64)), ("breast_cancer", (569, 30)), ("wine", (178, 13)), ("iris", (150, 4)), ("diabetes", (442, 10))],
+        [
+            ("digits", (1797, 64)),
+            ("breast_cancer", (569, 30)),
+            ("wine", (178, 13)),
+            ("iris", (150, 4)),
+            ("diabetes", (442, 10)),
+        ],
     )
     def test_the_bundled_sets_are_there(self, name, shape):
         data = load(f"sklearn:{name}")
@@ -162,7 +176,9 @@ class TestSklearn:
         assert load("sklearn:iris", split="test").targets.bincount().tolist() == [10, 11, 9]
 
     def test_standardising_uses_the_training_part_only(self):
-        train, test = (load("sklearn:wine", split=split, standardize=True).inputs for split in ("train", "test"))
+        train, test = (
+            load("sklearn:wine", split=split, standardize=True).inputs for split in ("train", "test")
+        )
         torch.testing.assert_close(train.mean(0), torch.zeros(13, dtype=torch.float64), atol=1e-12, rtol=0)
         torch.testing.assert_close(train.std(0, correction=0), torch.ones(13, dtype=torch.float64))
         assert test.mean(0).abs().max() > 1e-3
@@ -236,11 +252,19 @@ def broken(): raise OSError("no disk")
         path.write_text(self.CODE)
         return path
 
-    @pytest.mark.parametrize("name", ["pair", "arrays", "two_inputs", "mapping", "items", "loader", "batches"])
+    @pytest.mark.parametrize(
+        "name", ["pair", "arrays", "two_inputs", "mapping", "items", "loader", "batches"]
+    )
     def test_whatever_a_loader_may_be_gives_all_samples_in_order(self, code, name):
         data = load(f"{code}:{name}")
         inputs = data.inputs
-        first = inputs[0] if isinstance(inputs, tuple) else next(iter(inputs.values())) if isinstance(inputs, dict) else inputs
+        first = (
+            inputs[0]
+            if isinstance(inputs, tuple)
+            else next(iter(inputs.values()))
+            if isinstance(inputs, dict)
+            else inputs
+        )
         assert torch.equal(first, X)
         assert torch.equal(data.targets, Y)
 
@@ -266,7 +290,12 @@ def broken(): raise OSError("no disk")
 
     @pytest.mark.parametrize(
         ("name", "expected"),
-        [("nothing", "no samples"), ("number", "returned a int"), ("wrong", "batch 0 is not a pair"), ("broken", "OSError: no disk")],
+        [
+            ("nothing", "no samples"),
+            ("number", "returned a int"),
+            ("wrong", "batch 0 is not a pair"),
+            ("broken", "OSError: no disk"),
+        ],
     )
     def test_what_is_no_data_is_named(self, code, name, expected):
         assert expected in refusal(f"{code}:{name}")
@@ -279,7 +308,11 @@ class TestChecks:
             (X, Y[:9], "inputs and targets differ in number of samples (inputs: 10, targets: 9)"),
             (X[:0], Y[:0], "has no samples"),
             (X, torch.full((10,), float("nan")), "targets of 10 samples are NaN or infinite"),
-            (X.masked_fill(X == 4, float("inf")), Y, "inputs of 1 samples are NaN or infinite (first: sample 1)"),
+            (
+                X.masked_fill(X == 4, float("inf")),
+                Y,
+                "inputs of 1 samples are NaN or infinite (first: sample 1)",
+            ),
         ],
     )
     def test_unusable_data_is_refused_with_the_reason(self, tmp_path, x, y, expected):
@@ -321,7 +354,11 @@ class TestBatches:
     def test_floats_are_cast_and_integers_are_not(self):
         data = Dataset({"x": X, "tokens": Y}, Y, 10, "")
         inputs, targets = next(iter(data.batches(4, device="cpu", dtype=torch.float64)))
-        assert (inputs["x"].dtype, inputs["tokens"].dtype, targets.dtype) == (torch.float64, torch.int64, torch.int64)
+        assert (inputs["x"].dtype, inputs["tokens"].dtype, targets.dtype) == (
+            torch.float64,
+            torch.int64,
+            torch.int64,
+        )
 
     def test_several_inputs_are_cut_alike(self):
         parts = list(Dataset((X, 2 * X), Y, 10, "").batches(4, device="cpu", dtype=torch.float32))
@@ -339,6 +376,10 @@ class TestBatches:
         base = Dataset(X, Y, 10, "").hash
         changed = X.clone()
         changed[9, 2] += 1
-        others = [Dataset(changed, Y, 10, ""), Dataset(X.double(), Y, 10, ""), Dataset(X.reshape(10, 1, 3), Y, 10, "")]
+        others = [
+            Dataset(changed, Y, 10, ""),
+            Dataset(X.double(), Y, 10, ""),
+            Dataset(X.reshape(10, 1, 3), Y, 10, ""),
+        ]
         assert base not in {data.hash for data in others}
         assert Dataset(X, Y, 99, "elsewhere").hash == base

@@ -78,7 +78,8 @@ def test_no_manifest_is_an_empty_one(tmp_path):
 def test_relative_files_are_relative_to_the_manifest(tmp_path):
     write(
         tmp_path / "run",
-        '[model]\nfactory = "net.py:make"\n[data]\nsource = "../data/x.npz"\n[test_data]\nsource = "mypkg.data:test"\n',
+        '[model]\nfactory = "net.py:make"\n[data]\nsource = "../data/x.npz"\n'
+        '[test_data]\nsource = "mypkg.data:test"\n',
     )
     manifest = find_manifest(tmp_path / "run")
     assert manifest.model.name == f"{tmp_path / 'run' / 'net.py'}:make"

@@ -1,4 +1,4 @@
-"""From a name to a module; and every misfit of a checkpoint is found, listed and guessed at before compute."""
+"""From a name to a module; every misfit of a checkpoint is found, listed and guessed at before compute."""
 
 from __future__ import annotations
 
@@ -232,7 +232,11 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     model, x = Exportable().eval(), torch.randn(3, 1, 6, 6)
     batch = ({0: torch.export.Dim("batch")},)
-    for name, module, shapes in [("arch", model, batch), ("fixed", model, None), ("train", Exportable(), batch)]:
+    for name, module, shapes in [
+        ("arch", model, batch),
+        ("fixed", model, None),
+        ("train", Exportable(), batch),
+    ]:
         torch.export.save(torch.export.export(module, (x,), dynamic_shapes=shapes), folder / f"{name}.pt2")
     return folder, model
 
@@ -257,8 +261,7 @@ class TestExported:
             p = {k: v.detach() for k, v in module.named_parameters()}
 
             def slope(q):
-                loss = nn.functional.cross_entropy(functional_call(module, q, (x,)), y)
-                return loss
+                return nn.functional.cross_entropy(functional_call(module, q, (x,)), y)
 
             return grad(lambda q: sum(g.square().sum() for g in grad(slope)(q).values()))(p)
 

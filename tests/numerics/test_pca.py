@@ -127,10 +127,10 @@ def test_buffers_and_unnamed_tensors_do_not_count() -> None:
 
 def test_random_walk_null_has_its_published_limits() -> None:
     k = np.arange(1, 5)
-    centred = random_walk_spectrum(2000, center="mean")[:4]
-    np.testing.assert_allclose(centred, 6 / (np.pi * k) ** 2, rtol=2e-3)
-    through_last = random_walk_spectrum(2000, center="last")[:4]
-    np.testing.assert_allclose(through_last, 8 / (np.pi * (2 * k - 1)) ** 2, rtol=2e-3)
+    centred = random_walk_spectrum(800, center="mean")[:4]
+    np.testing.assert_allclose(centred, 6 / (np.pi * k) ** 2, rtol=6e-3)
+    through_last = random_walk_spectrum(800, center="last")[:4]
+    np.testing.assert_allclose(through_last, 8 / (np.pi * (2 * k - 1)) ** 2, rtol=6e-3)
 
 
 @pytest.mark.parametrize("center", ["last", "mean"])

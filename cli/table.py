@@ -1,0 +1,253 @@
+"""A result on stdout: a table for people, CSV or JSON for programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import PurePath
+from textwrap import indent
+from typing import Any, TextIO
+
+import numpy as np
+
+from dynprobe.analyzers.core.result import Array, Result
+from dynprobe.cli.numbers import number, with_error
+from dynprobe.cli.plain_table import print_csv, print_rows
+from dynprobe.io.plain_json import dumps
+
+MAX_ENTRIES = 5
+"""Up to how many entries of a variable are shown one by one; beyond, its range is."""
+
+
+def print_result(result: Result, format: str = "table", file: TextIO | None = None) -> None:  # noqa: A002
+    """Print a result.
+
+    Args:
+        result: What was measured.
+        format: `table`; `json`, one document with every value; `csv`, one line a row of the table,
+            with every digit.
+        file: Where to; stdout by default. On a terminal, paths are shortened to file names.
+    """
+    with redirect_stdout(file or sys.stdout):
+        if format == "json":
+            print(dumps(document(result), indent=2))
+        elif format == "csv":
+            table = records(result)
+            print_csv(list(table), list(zip(*table.values(), strict=True)))
+        else:
+            _print_table(result)
+
+
+@contextmanager
+def closed_pipe_is_fine() -> Iterator[None]:
+    """Let a reader of stdout that has seen enough (`| head`) end the printing without an error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def row_dimension(result: Result) -> str:
+    """What a row of the table stands for: a piece, or, for a result about whole runs, a checkpoint."""
+    if result.grain in ("run", "group") and any("checkpoint" in a.dims for a in result.arrays.values()):
+        return "checkpoint"
+    return result.lead
+
+
+def columns(result: Result, *, short: bool = False) -> dict[str, list[str]]:
+    """The table's text, one entry a row: labels, status, then every variable with its error.
+
+    A variable with up to five entries a row gets a column for each; a larger one shows its range.
+
+    Args:
+        result: What was measured.
+        short: Shorten paths to file names, and leave out a run's name that all rows share.
+    """
+    table = {}
+    for name, values in _labels(result).items():
+        if short and name.startswith("run") and len(set(values)) == 1 and len(values) > 1:
+            continue
+        head = name.replace("path", "file")
+        table[head] = [
+            _printable(PurePath(str(v)).name if short and head != name else number(v)) for v in values
+        ]
+    for name, (array, error) in _measured(result).items():
+        for head, values, errors in _entries(result, name, array, error):
+            table[head] = [_cell(v, e) for v, e in zip(values, errors, strict=True)]
+    return table
+
+
+def records(result: Result) -> dict[str, list[Any]]:
+    """The table's numbers with every digit, errors and bookkeeping in columns of their own."""
+    table: dict[str, list[Any]] = dict(_labels(result))
+    for name, (array, error) in _measured(result).items():
+        for head, values, errors in _entries(result, name, array, error):
+            if values and isinstance(values[0], np.ndarray):
+                table[f"{head}.min"], table[f"{head}.max"] = map(list, zip(*map(_range, values), strict=True))
+                continue
+            table[head] = values
+            if error is not None:
+                table[f"{head}.error"] = errors
+    rows = row_dimension(result)
+    for name, array in result.arrays.items():
+        if name not in table and name in result.coordinates and array.dims == ((rows,) if rows else ()):
+            table[name] = np.atleast_1d(array.values).tolist()
+    return table
+
+
+def document(result: Result) -> dict[str, Any]:
+    """Everything a result holds, for JSON.
+
+    `pieces` has one entry a piece, with its labels, status and `values`; `variables` describes these;
+    `coordinates` labels their dimensions; `summary` has the numbers that belong to no single piece.
+    """
+    lead = result.lead
+    described = {
+        name: {"dims": [d for d in a.dims if d != lead], "units": a.units, "long_name": a.long_name}
+        | ({"error": a.error} if a.error else {})
+        for name, a in result.variables.items()
+    }
+    stacked = (lead,) if lead else ()
+    own = {n: a for n, a in result.arrays.items() if a.dims[:1] == stacked or not lead}
+    labels = {n: a for n, a in own.items() if n in result.coordinates and a.dims == stacked}
+    values = {n: a for n, a in own.items() if n in described}
+    pieces = []
+    for i in range(result.n_pieces):
+        row = {n: np.atleast_1d(a.values)[i] for n, a in labels.items()}
+        row["notes"] = str(row["notes"]).splitlines()
+        row["values"] = {n: a.values[i] if lead else a.values for n, a in values.items()}
+        pieces.append(row)
+    coordinates = {
+        n: {"units": a.units, "values": a.values}
+        for n, a in result.arrays.items()
+        if a.dims == (n,) and n != lead
+    }
+    summary = {n: result[n] for n in result.variables if n not in own}
+    return {
+        "analyzer": result.analyzer,
+        "grain": result.grain,
+        "provenance": {k: v for k, v in result.attributes.items() if k != "index"},
+        "coordinates": coordinates,
+        "variables": described,
+        "pieces": pieces,
+        "summary": summary,
+    }
+
+
+def _labels(result: Result) -> dict[str, list[Any]]:
+    """Run, step, file and status along the rows."""
+    rows = row_dimension(result)
+    dims = (rows,) if rows else ()
+    names = [
+        n
+        for n in (*result.attributes.get("index", ()), "status")
+        if n in result and n.startswith(("run", "checkpoint_run", "step", "path", "status"))
+    ]
+    return {n: np.atleast_1d(result[n]).tolist() for n in names if result.arrays[n].dims == dims}
+
+
+def _measured(result: Result) -> dict[str, tuple[Array, Array | None]]:
+    """The variables that have a value in every row, each with its error; errors are none of their own."""
+    rows = row_dimension(result)
+    variables = {n: a for n, a in result.variables.items() if not rows or rows in a.dims}
+    errors = {a.error for a in variables.values()}
+    return {n: (a, variables.get(a.error)) for n, a in variables.items() if n not in errors}
+
+
+def _entries(
+    result: Result, name: str, array: Array, error: Array | None
+) -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """`(heading, values, errors)` of each column of a variable; a large one has arrays for values."""
+    rows = row_dimension(result)
+    values, dims = _rows_first(array, rows)
+    errors = np.full(values.shape, np.nan)
+    if error is not None and error.dims == array.dims and error.values.dtype.kind in "fiu":
+        errors = _rows_first(error, rows)[0]
+    if not dims:
+        yield name, values.tolist(), errors.tolist()
+    elif len(dims) == 1 and values.shape[1] <= MAX_ENTRIES:
+        for i, label in enumerate(_entry_labels(result, dims[0], values.shape[1])):
+            yield f"{name}{label}", values[:, i].tolist(), errors[:, i].tolist()
+    else:
+        yield name, list(values), [np.nan] * len(values)
+
+
+def _rows_first(array: Array, rows: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    if not rows:
+        return array.values[np.newaxis], array.dims
+    axis = array.dims.index(rows)
+    return np.moveaxis(array.values, axis, 0), array.dims[:axis] + array.dims[axis + 1 :]
+
+
+def _entry_labels(result: Result, dim: str, size: int) -> list[str]:
+    if dim in result and result.arrays[dim].dims == (dim,):
+        labels = result[dim].tolist()
+        return [f"[{x}]" if isinstance(x, str) else f"[{dim}={number(x)}]" for x in labels]
+    return [""] if size == 1 else [f"[{i}]" for i in range(size)]
+
+
+def _cell(value: Any, error: float) -> str:
+    if isinstance(value, np.ndarray):
+        low, high = _range(value)
+        return f"{number(low)} … {number(high)}"
+    return with_error(value, error) if isinstance(value, float) else number(value)
+
+
+def _range(values: np.ndarray) -> tuple[Any, Any]:
+    """Smallest and largest value that is not missing; infinities count."""
+    if values.dtype.kind not in "fiu":
+        items = sorted(values.ravel().tolist())
+        return (items[0], items[-1]) if items else ("", "")
+    known = values[~np.isnan(values)]
+    return (known.min().item(), known.max().item()) if known.size else (np.nan, np.nan)
+
+
+def _print_table(result: Result) -> None:
+    print(f"{result.analyzer}: {result.attributes.get('title', '')}".rstrip(": "))
+    print()
+    table = columns(result, short=sys.stdout.isatty())
+    right = [n for n in table if not n.startswith(("run", "checkpoint_run", "file", "status"))]
+    print_rows(list(table), list(zip(*table.values(), strict=True)), right=right)
+    for title, lines in _below(result).items():
+        if lines:
+            print()
+            print(title)
+            print(indent(_printable("\n".join(lines)), "  "))
+
+
+def _below(result: Result) -> Mapping[str, list[str]]:
+    """What stands under the table: numbers about whole runs, failures, notes."""
+    notes = dict.fromkeys(n for text in np.atleast_1d(result["notes"]).tolist() for n in text.splitlines())
+    failures = [f"{what}: {reason}" for what, reason in result.failures()]
+    return {"whole run": _summary(result), "not ok": failures, "notes": list(notes)}
+
+
+def _summary(result: Result) -> list[str]:
+    """One line for each variable that has no value per row: run-level numbers."""
+    rows = row_dimension(result)
+    if not rows:
+        return []
+    variables = {n: a for n, a in result.variables.items() if rows not in a.dims}
+    errors = {a.error for a in variables.values()}
+    lines = []
+    for name, array in variables.items():
+        if name in errors:
+            continue
+        error = variables.get(array.error)
+        values = array.values.ravel().tolist()
+        spread = error.values.ravel().tolist() if error is not None else [np.nan] * len(values)
+        cells = [_cell(v, e) for v, e in zip(values, spread, strict=True)]
+        if len(array.dims) == 1 and array.dims[0] in result:
+            cells = [f"{label} {cell}" for label, cell in zip(result[array.dims[0]], cells, strict=True)]
+        shown = ", ".join(cells) if len(cells) <= MAX_ENTRIES else _cell(array.values, np.nan)
+        lines.append(f"{name}: {shown}" + (f" {array.units}" if array.units not in ("", "1") else ""))
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Text without what a terminal would obey or could not encode."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
