@@ -92,7 +92,10 @@ class Sampler:
         if stored is not None:
             return stored
         before = self.surface.forwards
-        found: dict[str, Any] = dict(self.surface.row(float(self._y[row]), self._x[columns].tolist()))
+        evaluated = self.surface.row(float(self._y[row]), self._x[columns].tolist())
+        found: dict[str, Any] = {
+            n: v for n, v in evaluated.items() if not n.endswith("accuracy_difference_stderr")
+        }
         found["forwards"] = np.array(self.surface.forwards - before)
         if self._partial is not None:
             self._partial.put(part, found)

@@ -96,7 +96,8 @@ class _Path:
 def _chance(result: Result) -> float | None:
     """Cross-entropy of a uniform guess, ln C, where the number of classes is known."""
     classes = result.attributes.get("n_classes")
-    named = "cross_entropy" in str(result.attributes.get("loss", ""))
+    facts = result.attributes.get("measured_on", {})
+    named = "cross_entropy" in (result.attributes.get("loss"), facts.get("loss"))
     return math.log(int(classes)) if named and classes else None
 
 

@@ -30,23 +30,21 @@ from dynprobe.analyzers.numerics.losses import Loss, as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
 from dynprobe.analyzers.numerics.surface import BatchNorm, Surface
 
-HVPS_PER_POINT = 25
+HVPS_PER_POINT = 12
 """Typical Hessian-vector products for both ends of the spectrum to 1 %, for the cost estimate."""
 
 
 def _metric(name: str, what: str, of: str) -> dict[str, Var]:
-    """A metric on the grid with its standard error, and that of its difference from the centre."""
-    dims: Any = {"dims": ("y", "x"), "alternatives": (("x",),)}
-    optional = name != "loss"
-    return {
-        name: Var(long_name=what, error=f"{name}_stderr", optional=optional, **dims),
-        f"{name}_stderr": Var(long_name=f"Standard error over {of}", optional=optional, **dims),
-        f"{name}_difference_stderr": Var(
-            long_name="Standard error of the difference from the centre, paired by sample",
-            optional=optional,
-            **dims,
-        ),
+    """A metric on the grid with its standard error, and for a loss that of its difference from the centre."""
+    dims: Any = {"dims": ("y", "x"), "alternatives": (("x",),), "optional": name != "loss"}
+    found = {
+        name: Var(long_name=what, error=f"{name}_stderr", **dims),
+        f"{name}_stderr": Var(long_name=f"Standard error over {of}", **dims),
     }
+    if name.endswith("loss"):
+        paired = "Standard error of the difference from the centre, paired by sample"
+        found[f"{name}_difference_stderr"] = Var(long_name=paired, **dims)
+    return found
 
 
 def _map(what: str, units: str = "", prefix: str = "", error: str = "") -> Var:
@@ -163,7 +161,7 @@ def landscape(
     §4), which makes surfaces of different networks comparable; running statistics are never part of one. θ*
     lies exactly on the grid. A slice that is not convex shows a loss that is not convex, never the converse.
 
-    Cost: one forward pass over the data per grid point; with `convexity`, some 25 Hessian-vector products
+    Cost: one forward pass over the data per grid point; with `convexity`, some 12 Hessian-vector products
     per point of its own grid.
 
     Args:

@@ -52,7 +52,7 @@ def export_result(
     if suffix in PARAVIEW and output is not None:
         from dynprobe.cli.paraview import write_paraview
 
-        return write_paraview(_only(results), output, **({"variable": variable} if variable else {}))
+        return write_paraview(_only(results), output, variable=variable or "loss")
     known = ", ".join((".csv", ".json", *REPORTS, *PARAVIEW))
     raise InputError(f"{output or suffix}: no such format to export to.", f"The output ends in {known}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,6 @@ class Look:
             self.labels, self.dashes = self.dashes, [""]
         self.bar = len(self.labels) > style.MAXIMAL_LEGEND
         n = len(self.labels)
-        self.several = n > 1
         self.colours: Sequence[Any] = (
             style.sequential(n).colors if self.bar or (ordered and n > 1) else style.CATEGORIES  # type: ignore[assignment]
         )
@@ -80,9 +80,8 @@ class Look:
     def of(self, curve: Curve) -> dict[str, Any]:
         """Keyword arguments for `plot`."""
         dash = style.DASHES[self.dashes.index(curve.dash) % len(style.DASHES)]
-        colour = (
-            self.colours[self.labels.index(curve.colour)] if curve.colour or not self.several else style.INK
-        )
+        unnamed = not curve.colour and len(self.labels) > 1
+        colour = style.INK if unnamed else self.colours[self.labels.index(curve.colour)]
         return {"color": colour, "linestyle": dash}
 
 
@@ -226,12 +225,11 @@ def _share_limits(group: Sequence[tuple[Any, Panel]]) -> None:
 def _legend(figure: Figure, axes: list[Any], look: Look, handles: dict[str, Any]) -> None:
     entries: dict[str, Any] = {}
     if not look.bar:
-        entries = {n: _proxy(color=c) for n, c in zip(look.labels, look.colours, strict=False) if n}
+        named = zip(look.labels, look.colours, strict=False)
+        entries = {name: _proxy(color=colour) for name, colour in named if name}
     if len(look.dashes) > 1:
-        entries |= {
-            d: _proxy(color=style.INK, linestyle=style.DASHES[i % len(style.DASHES)])
-            for i, d in enumerate(look.dashes)
-        }
+        dashes = zip(look.dashes, itertools.cycle(style.DASHES), strict=False)
+        entries |= {name: _proxy(color=style.INK, linestyle=dash) for name, dash in dashes}
     entries |= handles
     if entries:
         style.legend(figure, entries)

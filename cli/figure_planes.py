@@ -136,8 +136,11 @@ def axis_label(result: Result, axis: str, inches: float) -> str:
     return style.label(found, axis, inches) if found is not None else axis
 
 
-DECADES = 6.0
-"""A range of more decades than that is cut around its median."""
+DECADES = 8.0
+"""A range of more decades than that is cut around its lower quartile."""
+
+BELOW, ABOVE = 1e-6, 1e5
+"""How far below and above; the quartile is a low one because half a plane may explode."""
 
 
 def shared_scale(panels: Sequence[Plane], *, log: bool) -> Scale:
@@ -153,8 +156,8 @@ def shared_scale(panels: Sequence[Plane], *, log: bool) -> Scale:
     values = values[values > 0] if log else values
     low, high, clipped = float(values.min()), float(values.max()), ""
     if log and high / low > 10**DECADES:
-        middle = float(np.median(values))
-        kept = values[(values >= middle * 10**-DECADES) & (values <= middle * 10 ** (DECADES / 2))]
+        anchor = float(np.quantile(values, 0.25, method="lower"))
+        kept = values[(values >= anchor * BELOW) & (values <= anchor * ABOVE)]
         if kept.min() > low or kept.max() < high:
             clipped = f"colours and levels clipped, values reach {_rounded(low)} to {_rounded(high)}"
         low, high = float(kept.min()), float(kept.max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,13 @@ class DiffFormat(StrEnum):
     """How a comparison is written to stdout."""
 
     TABLE = "table"
+    JSON = "json"
+
+
+class ExportFormat(StrEnum):
+    """What can be exported to stdout."""
+
+    CSV = "csv"
     JSON = "json"
 
 
@@ -103,7 +111,7 @@ def export(
         typer.Option(help="One variable as a long table: a line for each value, its labels and error."),
     ] = None,
     output_format: Annotated[
-        OutputFormat | None, typer.Option("--format", help="By default, from the suffix of the output.")
+        ExportFormat | None, typer.Option("--format", help="By default, from the suffix of the output.")
     ] = None,
 ) -> None:
     """Write a result for other programs.
@@ -235,8 +243,14 @@ def _print_diff(found: Mapping[str, Any], alone: Mapping[str, Path], same: bool,
             print(f"  {sentence}")
         head = ["variable", "entries", "max |a-b|", "max relative", "max in errors", ""]
         rows = [
-            [v.variable, str(v.entries), number(v.absolute), number(v.relative)]
-            + ["" if v.in_errors != v.in_errors else number(v.in_errors), "" if v.within else "different"]
+            [
+                v.variable,
+                str(v.entries),
+                number(v.absolute),
+                number(v.relative),
+                "" if isnan(v.in_errors) else number(v.in_errors),
+                "" if v.within else "different",
+            ]
             for v in comparison.variables
         ]
         print_rows(head, rows, right=head[1:5])

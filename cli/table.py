@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -61,7 +62,8 @@ def row_dimension(result: Result) -> str:
 def columns(result: Result, *, short: bool = False) -> dict[str, list[str]]:
     """The table's text, one entry a row: labels, status, then every variable with its error.
 
-    A variable with up to five entries a row gets a column for each; a larger one shows its range.
+    A variable with up to five entries a row gets a column for each; a larger one shows its range, and
+    the range of a `…_stderr` tells nobody anything, so it has none.
 
     Args:
         result: What was measured.
@@ -77,8 +79,27 @@ def columns(result: Result, *, short: bool = False) -> dict[str, list[str]]:
         ]
     for name, (array, error) in _measured(result).items():
         for head, values, errors in _entries(result, name, array, error):
+            if name.endswith("_stderr") and isinstance(values[0], np.ndarray):
+                continue
             table[head] = [_cell(v, e) for v, e in zip(values, errors, strict=True)]
     return table
+
+
+def blocks(table: Mapping[str, list[str]], width: int) -> list[list[str]]:
+    """Columns in groups that are no wider than a terminal, each starting with run and step."""
+    sizes = {name: 2 + max(len(cell) for cell in (name, *cells)) for name, cells in table.items()}
+    keys = [name for name in table if name.startswith(("run", "checkpoint_run", "step"))]
+    groups, used = [list(keys)], 0
+    room = width - sum(sizes[name] for name in keys)
+    for name in table:
+        if name in keys:
+            continue
+        if used and used + sizes[name] > room:
+            groups.append(list(keys))
+            used = 0
+        groups[-1].append(name)
+        used += sizes[name]
+    return groups
 
 
 def records(result: Result) -> dict[str, list[Any]]:
@@ -207,16 +228,28 @@ def _range(values: np.ndarray) -> tuple[Any, Any]:
 
 
 def _print_table(result: Result) -> None:
+    terminal = sys.stdout.isatty()
     print(f"{result.analyzer}: {result.attributes.get('title', '')}".rstrip(": "))
-    print()
-    table = columns(result, short=sys.stdout.isatty())
-    right = [n for n in table if not n.startswith(("run", "checkpoint_run", "file", "status"))]
-    print_rows(list(table), list(zip(*table.values(), strict=True)), right=right)
-    for title, lines in _below(result).items():
+    table = columns(result, short=terminal)
+    constant = _constant(table) if terminal else {}
+    table = {name: cells for name, cells in table.items() if name not in constant}
+    groups = blocks(table, shutil.get_terminal_size().columns) if terminal else [list(table)]
+    for names in groups:
+        print()
+        right = [n for n in names if not n.startswith(("run", "checkpoint_run", "file", "status"))]
+        print_rows(names, list(zip(*(table[n] for n in names), strict=True)), right=right)
+    every_row = [", ".join(f"{name} {cell}" for name, cell in constant.items())] if constant else []
+    for title, lines in {"in every row": every_row, **_below(result)}.items():
         if lines:
             print()
             print(title)
             print(indent(_printable("\n".join(lines)), "  "))
+
+
+def _constant(table: Mapping[str, list[str]]) -> dict[str, str]:
+    """Columns of measured values that say the same in every row."""
+    labels = ("run", "checkpoint_run", "step", "file", "status")
+    return {n: c[0] for n, c in table.items() if len(c) > 1 and len(set(c)) == 1 and not n.startswith(labels)}
 
 
 def _below(result: Result) -> Mapping[str, list[str]]:

@@ -158,7 +158,8 @@ def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
         header = checkpoint.header()
         if declaration.wants("model"):
             empty = {
-                name: torch.empty(tensor.shape, device="meta") for name, tensor in header.tensors.items()
+                name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
+                for name, info in header.tensors.items()
             }
             setup.fit(setup.model(workspace.slot), empty, str(checkpoint.path))
     except InputError as error:

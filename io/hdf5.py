@@ -31,8 +31,11 @@ NO_COORDINATE = "This is a netCDF dimension but not a netCDF variable.{:10d}"
 NOT_A_COORDINATE = "_nc4_non_coord_"
 
 
+SUPERBLOCK = 48
+"""Bytes at the start in which HDF5 marks a file as open for writing, for good if that program is killed."""
+
 SEAL = b"dynprobe sealed\n"
-"""Stands after the last byte HDF5 knows of (it ignores the rest), before the SHA-256 of all that precedes."""
+"""Stands after the last byte that HDF5 knows of, followed by the SHA-256 of all before and the superblock."""
 
 
 def image(build: Callable[[h5py.File], None]) -> bytes:
@@ -42,7 +45,7 @@ def image(build: Callable[[h5py.File], None]) -> bytes:
         build(file)
         file.flush()
         content = bytes(file.id.get_file_image())
-    return content + SEAL + hashlib.sha256(content).digest()
+    return content + SEAL + hashlib.sha256(content).digest() + content[:SUPERBLOCK]
 
 
 @contextmanager
@@ -67,8 +70,7 @@ def opened(path: Path, *, sealed: bool = False) -> Iterator[h5py.File]:
         raise InputError(f"{path}: there is no such file.", "Is the path right?") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if not _is_whole(content, sealed):
-        raise DamagedReport(f"{path}: is damaged: its contents do not match its checksum")
+    content = _unsealed(path, content, sealed)
     try:
         file = h5py.File(h5py.h5f.open_file_image(content))
     except (OSError, ValueError) as error:
@@ -82,11 +84,16 @@ def opened(path: Path, *, sealed: bool = False) -> Iterator[h5py.File]:
             raise _damaged(path, error) from error
 
 
-def _is_whole(content: bytes, sealed: bool) -> bool:
-    end = len(content) - len(SEAL) - hashlib.sha256().digest_size
-    if content[end : end + len(SEAL)] != SEAL:
-        return not sealed
-    return hashlib.sha256(memoryview(content)[:end]).digest() == content[end + len(SEAL) :]
+def _unsealed(path: Path, content: bytes, sealed: bool) -> bytes:
+    """What was sealed, with the superblock as it was, if the seal is there and holds."""
+    end = len(content) - len(SEAL) - hashlib.sha256().digest_size - SUPERBLOCK
+    seal, digest = content[end : end + len(SEAL)], content[end + len(SEAL) : -SUPERBLOCK]
+    if seal != SEAL and not sealed:
+        return content
+    original = content[-SUPERBLOCK:] + content[SUPERBLOCK : max(end, 0)]
+    if seal != SEAL or hashlib.sha256(original).digest() != digest:
+        raise DamagedReport(f"{path}: does not match its checksum: it was damaged or altered")
+    return original
 
 
 def _damaged(path: Path, error: Exception) -> DamagedReport:

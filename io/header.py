@@ -88,9 +88,9 @@ def count_parameters(tensors: Mapping[str, TensorInfo], refs: Mapping[str, Tenso
         if name.endswith(("running_mean", "running_var")):
             continue
         if refs is not None and refs[name].storage is not None:
-            if refs[name] in seen:
+            if refs[name].place in seen:
                 continue
-            seen.add(refs[name])
+            seen.add(refs[name].place)
         size = 1
         for length in info.shape:
             size *= length

@@ -171,7 +171,7 @@ class InertUnpickler(pickle.Unpickler):
             UnreadableCheckpoint: The pickle is damaged or asks for what no checkpoint needs.
         """
         try:
-            scan_pickle(BytesIO(self._data), self._where)
+            scan_pickle(self._data, self._where)
             return super().load()
         except UnreadableCheckpoint:
             raise

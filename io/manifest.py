@@ -152,7 +152,7 @@ def _spec(path: Path, table: str, content: dict[str, Any]) -> Spec:
 def _anchored(name: str, folder: Path) -> str:
     """`name`, made absolute if it is a file (or `file.py:callable`, or `hf:folder`) below `folder`."""
     scheme, colon, rest = name.partition(":")
-    if scheme == "hf":
+    if scheme == "hf" and colon:
         return f"hf:{os.path.normpath(folder / rest)}"
     if scheme.endswith(".py") and colon:
         return f"{os.path.normpath(folder / scheme)}:{rest}"

@@ -106,7 +106,8 @@ class Partial:
         """The arrays stored under this name; None if there are none or their file is damaged."""
         path = self._path(name)
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            content = io.BytesIO(path.read_bytes())  # numpy leaves a damaged file open
+            with np.load(content, allow_pickle=False) as stored:
                 return {key[1:]: stored[key] for key in stored.files}
         except FileNotFoundError:
             return None

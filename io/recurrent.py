@@ -1,8 +1,8 @@
 """Recurrent classifiers whose loops are written out.
 
-`torch.nn.LSTM` would be shorter, but its fused kernels cannot be differentiated twice on a GPU, refuse a
-backward pass in `eval()` mode there, and have no batching rule for `vmap`. Parameter names, shapes and
-initialisation are those of `torch.nn.RNN` and `torch.nn.LSTM`.
+`torch.nn.LSTM` would be shorter, but CuDNN's kernel behind it cannot be differentiated twice and allows no
+backward pass in `eval()` mode, and the CPU's has no batching rule: `vmap` warns and loops over the samples.
+Parameter names, shapes and initialisation are those of `torch.nn.RNN` and `torch.nn.LSTM`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from dynprobe.io.errors import UnreadableCheckpoint
 
@@ -41,11 +41,13 @@ MAX_EXPANSION = 1024
 class _Sealed:
     """A pickle may set the state of any object it has built; not of these, whose bounds were checked."""
 
+    __slots__ = ()
+
     def __setstate__(self, state: object) -> None:
         raise UnreadableCheckpoint("The pickle tries to change a tensor after its bounds were checked.")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StorageRef(_Sealed):
     """One storage of a file: `nbytes` bytes at a known place.
 
@@ -67,7 +69,7 @@ class StorageRef(_Sealed):
     kind: str = "raw"
     member: str = ""
 
-    def start(self, stream: BinaryIO) -> int:
+    def start(self, stream: IO[bytes]) -> int:
         """Return the byte position of the data in the opened file `stream`."""
         if self.kind == "raw":
             return self.position
@@ -86,7 +88,7 @@ class StorageRef(_Sealed):
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
                 data = stream.read(self.nbytes)[offset : offset + nbytes]
         else:
-            with self.path.open("rb") as raw:
+            with self.path.open("rb", buffering=0) as raw:
                 raw.seek(self.start(raw) + offset)
                 data = raw.read(nbytes)
         if len(data) != nbytes:
@@ -94,7 +96,7 @@ class StorageRef(_Sealed):
         return data
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TensorRef(_Sealed):
     """A tensor as a file describes it: a strided view of a storage.
 
@@ -111,6 +113,12 @@ class TensorRef(_Sealed):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What tensors that are one and the same in the file have in common."""
+        key = None if self.storage is None else (self.storage.path, self.storage.key)
+        return key, self.dtype, self.offset, self.shape, self.stride
 
     @property
     def numel(self) -> int:
@@ -160,7 +168,9 @@ def checked_tensor(
     if storage is None or ref.numel == 0:
         return ref
     capacity = storage.nbytes // ITEM_SIZE[dtype]
-    last = first + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+    last = first
+    for size, step in zip(sizes, strides, strict=True):
+        last += (size - 1) * step
     if last >= capacity or ref.numel > max(capacity, 1) * MAX_EXPANSION:
         raise UnreadableCheckpoint(
             f"{where}: a tensor of shape {sizes} reaches outside its storage "
@@ -172,8 +182,9 @@ def checked_tensor(
 
 def _naturals(where: str, what: str, values: object) -> tuple[int, ...]:
     """Return `values` as a tuple of non-negative integers below 2**62."""
-    if not isinstance(values, list | tuple) or any(
-        type(value) is not int or not 0 <= value < 2**62 for value in values
-    ):
+    if not isinstance(values, list | tuple):
         raise UnreadableCheckpoint(f"{where}: a tensor has an impossible {what}.")
+    for value in values:
+        if type(value) is not int or not 0 <= value < 2**62:
+            raise UnreadableCheckpoint(f"{where}: a tensor has an impossible {what}.")
     return tuple(values)

@@ -1,4 +1,4 @@
-"""Train the sample runs again: `python sample_checkpoints/make.py [RUN …]`; about two minutes for all of them.
+"""Train the sample runs again: `python sample_checkpoints/make.py [RUN …]`; a few minutes for all of them.
 
 Each run is described below, written to its `dynprobe.toml`, and trained from exactly what that manifest says.
 Everything is seeded and runs in one thread, so a second call on the same machine writes the same weights.
@@ -178,9 +178,9 @@ RUNS = {
 }
 
 
-def train(name: str) -> str:
-    """Train one run and write its folder; returns a line to print."""
-    run, folder = RUNS[name], HERE / name
+def train(name: str, root: Path = HERE) -> str:
+    """Train one run and write its folder below `root`; returns a line to print."""
+    run, folder = RUNS[name], root / name
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -245,7 +245,7 @@ def shuffled_batches(n_samples: int, batch_size: int, steps: int, seed: int) -> 
 
 
 def blur(images: Tensor) -> Tensor:
-    """Down to a quarter and up again, as in Achille et al. (2019), Critical Learning Periods in Deep Networks."""
+    """Down to a quarter and up again, as in Achille et al. (2019), Critical Learning Periods."""
     small = interpolate(images, scale_factor=0.25, mode="bilinear", antialias=True)
     return interpolate(small, size=images.shape[-2:], mode="bilinear")
 

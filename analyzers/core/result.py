@@ -250,7 +250,8 @@ def _index_arrays(pieces: Sequence[Piece], lead: str) -> dict[str, Array]:
 
 def tidy(values: list[Any]) -> np.ndarray:
     """A list as an array of integers, floats or text; `None` is NaN among numbers, else empty text."""
-    if any(v is None for v in values) and any(isinstance(v, (int, float)) for v in values):
+    known = [v for v in values if v is not None]
+    if known and all(isinstance(v, (int, float, np.integer, np.floating)) for v in known):
         values = [np.nan if v is None else v for v in values]
     if all(isinstance(v, (bool, int, np.integer, np.bool_)) for v in values):
         return np.array(values, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,12 +63,42 @@ def resolve_metrics(metrics: Sequence[str] | Mapping[str, PerSample], loss: Loss
 
 def move(inputs: Inputs, device: torch.device | None, dtype: torch.dtype | None) -> Inputs:
     """Move a tensor, tuple or dict of tensors to a device; only floating-point tensors change dtype."""
+    return map_tensors(
+        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), inputs
+    )
+
+
+def protect_inputs(model: nn.Module, inputs: Inputs) -> None:
+    """Let a model that writes over its inputs (`nn.ReLU(inplace=True)` first, `x -= mean`) take copies.
+
+    Otherwise every pass over data held in memory would see what the one before left. Found out by a call.
+    """
+    written: list[bool] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        written.append(tensor._version > 0)
+        return tensor
+
+    inputs = map_tensors(lambda tensor: tensor[:2].clone(), inputs)
+    with torch.no_grad():
+        call(model, inputs)
+    map_tensors(note, inputs)
+    if any(written):
+        model.register_forward_pre_hook(_copy_arguments, with_kwargs=True)
+
+
+def _copy_arguments(_model: nn.Module, positions: Any, keywords: Any) -> tuple[Any, Any]:
+    return map_tensors(torch.clone, positions), map_tensors(torch.clone, keywords)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Apply a function to a tensor, or to every tensor of a tuple or dict; what is no tensor stays."""
     if isinstance(inputs, Tensor):
-        return inputs.to(device, dtype if inputs.is_floating_point() else None)
+        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {name: move(value, device, dtype) for name, value in inputs.items()}
+        return {name: map_tensors(function, value) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(move(value, device, dtype) for value in inputs)
+        return tuple(map_tensors(function, value) for value in inputs)
     return inputs
 
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynprobe.analyzers.numerics.evaluate import Batch, Inputs, call, move
+from dynprobe.analyzers.numerics.evaluate import Inputs, call, map_tensors, move
 from dynprobe.analyzers.numerics.fold import (
+    Given,
     first_layer,
     fold_batchnorm,
     layer_input,
     layer_outputs,
-    relu_in_place,
-    start_after,
-    trace,
+    record,
 )
+from dynprobe.analyzers.numerics.in_place import relu_functions_in_place, relu_modules_in_place
 from dynprobe.analyzers.numerics.params import private_copy
 from dynprobe.analyzers.numerics.plane import Direction, Plane
-
-Data = dict[str, list[Batch]]
 
 # Larger activations than this fall out of the processor's caches (and glibc returns memory of 32 MiB and more
 # to the system after each use): a batch is evaluated in pieces whose largest activation stays below.
@@ -35,6 +32,20 @@ LONG_SUM = 64
 FIRST_LAYER_IN_CACHE = 16 * 2**20
 FIRST_LAYER_AT_MOST = 512 * 2**20
 
+CHECKED_AT = ((0.0, 0.0), (0.37, -0.21))  # the centre, and a point with no symmetry
+
+
+@dataclass
+class Piece:
+    """Data that go through the network together; with its first layer's output where the plane moves that."""
+
+    inputs: Inputs
+    targets: Tensor
+    first_output: Tensor | None = None
+
+
+Data = dict[str, list[Piece]]
+
 
 @dataclass
 class Prepared:
@@ -43,12 +54,19 @@ class Prepared:
     model: nn.Module
     data: Data
     plane: Plane
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    given: Given | None = None
+
+    def outputs(self, piece: Piece) -> Tensor:
+        """Return the network's outputs on a piece of data, at most once per point (see `Given`)."""
+        if self.given is not None and piece.first_output is not None:
+            self.given.output = piece.first_output
+        return call(self.model, piece.inputs)
 
 
 def prepare_plain(model: nn.Module, data: Data, directions: Sequence[Direction]) -> Prepared:
     """Prepare the network as it is; the model is taken over, so give a private copy."""
-    return Prepared(model, data, Plane(_tensors(model), directions), [])
+    return Prepared(model, data, Plane(_tensors(model), directions))
 
 
 def prepare_fast(model: nn.Module, data: Data, directions: Sequence[Direction]) -> Prepared:
@@ -63,29 +81,37 @@ def prepare_fast(model: nn.Module, data: Data, directions: Sequence[Direction]) 
         model: In eval mode; not changed.
         data: Held in memory.
         directions: Of the model's parameters or buffers.
+
+    Raises:
+        ValueError: A direction does not fit the model.
     """
-    notes: list[str] = []
-    data = _in_pieces(model, data)
-    convolutional = _device_type(model) == "cpu" and any(isinstance(m, nn.Conv2d) for m in model.modules())
+    convolutional = _on_cpu(model) and any(isinstance(module, nn.Conv2d) for module in model.modules())
     forms = [(True, True), (True, False), (False, True)] if convolutional else [(True, False)]
-    reference: list[tuple[Tensor, Tensor]] = []
+    notes: list[str] = []
+    try:
+        data = _in_pieces(model, data)
+        reference = _reference(model, data, directions)
+    except Exception as error:  # for example a device without float64: then there is nothing to compare with
+        forms, notes = [], [_because("nothing is rewritten", error)]
     for rewrite, channels_last in forms:
+        what = "the rewritten network" if rewrite else "channels-last format"
         try:
             candidate = _candidate(model, data, directions, rewrite=rewrite, channels_last=channels_last)
-            reference = reference or _reference(model, data, directions)
-            if _agrees(candidate, reference, len(directions) == 1):
+            if _agrees(candidate, reference, one_dimensional=len(directions) == 1):
                 candidate.notes[:0] = notes
                 return candidate
-            reason = "its outputs differ from the network's"
-        except Exception as error:  # the rewritten network runs code nobody has seen: whatever it raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = "the rewritten network" if rewrite else "channels-last format"
-        note = f"{what} is not used: {reason}"
+            note = f"{what} is not used: its outputs differ from the network's"
+        except Exception as error:  # a rewritten network runs code that nobody has seen: whatever it raises
+            note = _because(f"{what} is not used", error)
         if note not in notes:
             notes.append(note)
     plain = prepare_plain(private_copy(model), data, directions)
     plain.notes = notes
     return plain
+
+
+def _because(what: str, error: Exception) -> str:
+    return f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def _candidate(
@@ -96,24 +122,28 @@ def _candidate(
         for parameter in model.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        data = {prefix: [_channels_last(batch) for batch in batches] for prefix, batches in data.items()}
+        data = {prefix: [_channels_last(piece) for piece in pieces] for prefix, pieces in data.items()}
     if not rewrite:
         return prepare_plain(model, data, directions)
-    graph = trace(model)
-    before = _count_batchnorm(graph)
-    moved = fold_batchnorm(graph, directions)
     notes = []
-    if before:
-        folded = before - _count_batchnorm(graph)
-        notes.append(f"{folded} of {before} BatchNorm layers folded into the layer before")
+    example = _cut(data[""][0].inputs, 0, 2)
+    calls = record(model, example)
+    n_before = _count_batchnorm(model)
+    moved = fold_batchnorm(model, calls, directions)
+    if n_before:
+        n_folded = n_before - _count_batchnorm(model)
+        notes.append(f"{n_folded} of {n_before} BatchNorm layers folded into the layer before")
+    relu_modules_in_place(model, calls)
+    layer = first_layer(model, calls, example)
+    given = None
     tensors: dict[str, Tensor] = {}
-    layer = first_layer(graph)
     if layer is not None and _pays(model, layer, data, moved):
         data, tensors, moved = _compute_first_layer(model, layer, data, moved)
-        start_after(graph, layer)
+        given = Given()
+        model.set_submodule(layer, given)
         notes.append("first layer computed once for all points")
-    relu_in_place(graph)
-    return Prepared(graph, data, Plane(_tensors(graph) | tensors, moved), notes)
+    model = relu_functions_in_place(model)
+    return Prepared(model, data, Plane(_tensors(model) | tensors, moved), notes, given)
 
 
 def _pays(model: nn.Module, layer: str, data: Data, directions: Sequence[Direction]) -> bool:
@@ -121,10 +151,9 @@ def _pays(model: nn.Module, layer: str, data: Data, directions: Sequence[Directi
     step = directions[0].get(f"{layer}.weight")
     if step is None or not bool(step.any()):
         return False  # what does not move would not be written anew after the network has overwritten it
-    inputs, _targets = data[""][0]
     with torch.no_grad():
-        output = model.get_submodule(layer)(layer_input(model, layer, inputs[:1]))
-    n_samples = sum(len(targets) for batches in data.values() for _inputs, targets in batches)
+        output = model.get_submodule(layer)(layer_input(model, layer, data[""][0].inputs[:1]))
+    n_samples = sum(len(piece.targets) for pieces in data.values() for piece in pieces)
     size = int(output.numel() * output.element_size() * n_samples)
     if sum_length >= LONG_SUM:
         return size <= FIRST_LAYER_AT_MOST
@@ -134,25 +163,24 @@ def _pays(model: nn.Module, layer: str, data: Data, directions: Sequence[Directi
 def _compute_first_layer(
     model: nn.Module, layer: str, data: Data, directions: Sequence[Direction]
 ) -> tuple[Data, dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Replace the inputs by the first layer's outputs, as tensors that move with the plane."""
+    """Add the first layer's outputs to the data, as tensors that the plane moves in place of its weights."""
     module = model.get_submodule(layer)
     moved = [
         {name: step for name, step in direction.items() if name.rpartition(".")[0] != layer}
         for direction in directions
     ]
     tensors: dict[str, Tensor] = {}
-    new_data: Data = {}
-    for prefix, batches in data.items():
-        new_data[prefix] = []
-        for i, (inputs, targets) in enumerate(batches):
-            given = layer_input(model, layer, inputs)
-            outputs = layer_outputs(module, layer, directions, given)
-            centre, *changes = [_like(output, given) for output in outputs]
-            name = f"{prefix}first layer's output {i}"
+    new_data: Data = {prefix: [] for prefix in data}
+    for prefix, pieces in data.items():
+        for i, piece in enumerate(pieces):
+            inputs = layer_input(model, layer, piece.inputs)
+            outputs = layer_outputs(module, layer, directions, inputs)
+            centre, *changes = [_like(output, inputs) for output in outputs]
+            name = f"{prefix}output of {layer}, piece {i}"
             tensors[name] = centre
             for direction, change in zip(moved, changes, strict=True):
                 direction[name] = change
-            new_data[prefix].append((centre, targets))
+            new_data[prefix].append(Piece(piece.inputs, piece.targets, centre))
     return new_data, tensors, moved
 
 
@@ -168,83 +196,57 @@ def _in_pieces(model: nn.Module, data: Data) -> Data:
     A BatchNorm without running statistics normalises each batch by itself: then the batches are kept.
     """
     couples = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
-    if couples or _device_type(model) != "cpu":
+    if couples or not _on_cpu(model):
         return data
-    limit = max(1, LARGEST_ACTIVATION // max(1, _largest_activation(model, data[""][0])))
-    pieces: Data = {}
-    for prefix, batches in data.items():
-        pieces[prefix] = []
-        for inputs, targets in batches:
-            starts = range(0, len(targets), limit)
-            pieces[prefix] += [(_cut(inputs, i, limit), targets[i : i + limit]) for i in starts]
-    return pieces
-
-
-def _largest_activation(model: nn.Module, batch: Batch) -> int:
-    """Bytes per sample of the largest output of any submodule."""
-    sizes = [0]
-
-    def measure(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size())
-
-    handles = [module.register_forward_hook(measure) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            call(model, _cut(batch[0], 0, 1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(sizes)
+    results = [c.result for c in record(model, _cut(data[""][0].inputs, 0, 1))]
+    largest = max((result.numel() * result.element_size() for result in results), default=1)
+    limit = max(1, LARGEST_ACTIVATION // largest)
+    split: Data = {prefix: [] for prefix in data}
+    for prefix, pieces in data.items():
+        for piece in pieces:
+            for i in range(0, len(piece.targets), limit):
+                split[prefix].append(Piece(_cut(piece.inputs, i, limit), piece.targets[i : i + limit]))
+    return split
 
 
 def _cut(inputs: Inputs, start: int, length: int) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: _cut(value, start, length) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(_cut(value, start, length) for value in inputs)
-    return inputs[start : start + length] if isinstance(inputs, Tensor) else inputs
+    return map_tensors(lambda tensor: tensor[start : start + length], inputs)
 
 
-def _channels_last(batch: Batch) -> Batch:
-    inputs, targets = batch
+def _channels_last(piece: Piece) -> Piece:
+    inputs = piece.inputs
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    return inputs, targets
+    return Piece(inputs, piece.targets)
 
 
-CHECKED_AT = ((0.0, 0.0), (0.37, -0.21))  # the centre, and a point with no symmetry
-
-
-def _outputs(prepared: Prepared, one_dimensional: bool) -> Iterator[Tensor]:
+def _checked_outputs(prepared: Prepared, one_dimensional: bool) -> Iterator[Tensor]:
     for x, y in CHECKED_AT:
         prepared.plane.start_row(0.0 if one_dimensional else y)
         prepared.plane.move_to(x)
         with torch.no_grad():
-            yield call(prepared.model, prepared.data[""][0][0]).detach().clone()
+            yield prepared.outputs(prepared.data[""][0]).detach().clone()
 
 
 def _reference(model: nn.Module, data: Data, directions: Sequence[Direction]) -> list[tuple[Tensor, Tensor]]:
     """The plain network's outputs at the checked points, in its own dtype and in float64."""
-    first = {"": data[""][:1]}
-    inputs, targets = first[""][0]
-    wide = {"": [(move(inputs, None, torch.float64), targets)]}
-    narrow_network = prepare_plain(private_copy(model), first, directions)
-    wide_network = prepare_plain(private_copy(model).double(), wide, directions)
-    one_dimensional = len(directions) == 1
-    pairs = zip(
-        _outputs(narrow_network, one_dimensional), _outputs(wide_network, one_dimensional), strict=True
+    first = data[""][0]
+    wide = Piece(move(first.inputs, None, torch.float64), first.targets)
+    networks = (
+        prepare_plain(private_copy(model), {"": [first]}, directions),
+        prepare_plain(private_copy(model).double(), {"": [wide]}, directions),
     )
-    return list(pairs)
+    plain, exact = (list(_checked_outputs(network, len(directions) == 1)) for network in networks)
+    return list(zip(plain, exact, strict=True))
 
 
-def _agrees(candidate: Prepared, reference: list[tuple[Tensor, Tensor]], one_dimensional: bool) -> bool:
+def _agrees(candidate: Prepared, reference: list[tuple[Tensor, Tensor]], *, one_dimensional: bool) -> bool:
     """Whether the candidate is as near to the float64 outputs as the plain network is.
 
     Allowed is eight times the plain network's own error, plus a floor of rounding for when that happens to
     be zero. NaN at a checked point proves nothing and is no agreement.
     """
-    for outputs, (plain, exact) in zip(_outputs(candidate, one_dimensional), reference, strict=True):
+    for outputs, (plain, exact) in zip(_checked_outputs(candidate, one_dimensional), reference, strict=True):
         floor = 256 * torch.finfo(outputs.dtype).eps * exact.abs().max()
         if not bool((outputs - exact).abs().max() <= 8 * (plain - exact).abs().max() + floor):
             return False
@@ -259,5 +261,5 @@ def _count_batchnorm(model: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def _device_type(model: nn.Module) -> str:
-    return next((tensor.device.type for tensor in model.parameters()), "cpu")
+def _on_cpu(model: nn.Module) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in model.parameters())

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dynprobe.analyzers.numerics.batchnorm import batchnorm_layers, recompute_statistics
-from dynprobe.analyzers.numerics.evaluate import Batch, call, move, resolve_metrics
+from dynprobe.analyzers.numerics.evaluate import Batch, move, protect_inputs, resolve_metrics
 from dynprobe.analyzers.numerics.losses import Loss, PerSample
 from dynprobe.analyzers.numerics.params import private_copy, set_eval
 from dynprobe.analyzers.numerics.plane import Direction
-from dynprobe.analyzers.numerics.prepare import prepare_fast, prepare_plain
+from dynprobe.analyzers.numerics.prepare import Piece, prepare_fast, prepare_plain
 
 BatchNorm = Literal["frozen", "recompute"]
 Row = dict[str, NDArray[np.float64]]
@@ -77,9 +77,10 @@ class Surface:
         data = {"": _hold(batches, device, dtype)}
         if test_batches is not None:
             data["test_"] = _hold(test_batches, device, dtype)
-        self.n_samples = sum(len(targets) for _inputs, targets in data[""])
+        self.n_samples = sum(len(piece.targets) for piece in data[""])
         model = private_copy(model).to(device=device, dtype=dtype)
         set_eval(model)
+        protect_inputs(model, data[""][0].inputs)
         self._recompute = batchnorm == "recompute" and bool(batchnorm_layers(model))
         prepare = prepare_plain if self._recompute else prepare_fast
         self._network = prepare(model, data, directions)
@@ -110,26 +111,29 @@ class Surface:
 
     def _values(self, y: float, xs: Sequence[float]) -> dict[str, Tensor]:
         """Per-sample values, shape `(len(xs), n_samples)`, float64 on the CPU; moved there once per row."""
-        model, data, plane = self._network.model, self._network.data, self._network.plane
-        points: dict[str, list[Tensor]] = {f"{prefix}{name}": [] for prefix in data for name in self._metrics}
+        network = self._network
+        points: dict[str, list[Tensor]] = {
+            f"{prefix}{name}": [] for prefix in network.data for name in self._metrics
+        }
         with torch.inference_mode():
-            plane.start_row(y)
+            network.plane.start_row(y)
             for x in xs:
-                plane.move_to(x)
+                network.plane.move_to(x)
                 if self._recompute:
-                    self.forwards += recompute_statistics(model, data[""])
-                for prefix, batches in data.items():
-                    for name, values in self._evaluate(batches).items():
+                    batches = [(piece.inputs, piece.targets) for piece in network.data[""]]
+                    self.forwards += recompute_statistics(network.model, batches)
+                for prefix, pieces in network.data.items():
+                    for name, values in self._evaluate(pieces).items():
                         points[prefix + name].append(values)
             rows = {name: torch.stack(values).cpu() for name, values in points.items()}
         return {name: values.to(torch.float64, copy=True) for name, values in rows.items()}
 
-    def _evaluate(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def _evaluate(self, pieces: list[Piece]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [] for name in self._metrics}
-        for inputs, targets in batches:
-            outputs = call(self._network.model, inputs)
+        for piece in pieces:
+            outputs = self._network.outputs(piece)
             for name, metric in self._metrics.items():
-                parts[name].append(metric(outputs, targets))
+                parts[name].append(metric(outputs, piece.targets))
         self.forwards += 1
         return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -138,8 +142,8 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
-def _hold(batches: Iterable[Batch], device: torch.device, dtype: torch.dtype | None) -> list[Batch]:
-    data = [(move(inputs, device, dtype), targets.to(device)) for inputs, targets in batches]
+def _hold(batches: Iterable[Batch], device: torch.device, dtype: torch.dtype | None) -> list[Piece]:
+    data = [Piece(move(inputs, device, dtype), targets.to(device)) for inputs, targets in batches]
     if not data:
         raise ValueError("there are no batches to evaluate on")
     return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 from dynprobe.io.header import OpenedCheckpoint
@@ -17,13 +16,9 @@ def sniff(path: Path) -> bool:
     """Whether it is torch's zip and its pickle carries Lightning's version mark."""
     if not torch_zip.sniff(path):
         return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-            # Lightning writes epoch, global_step, the mark, then the weights: no parsing needed.
-            return any(_MARK in archive.open(info).read(_MARK_WITHIN) for info in pickles[:1])
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError):
-        return False
+    with path.open("rb") as stream:
+        # The pickle comes first in the file, and in it epoch, global_step, the mark, then the weights.
+        return _MARK in stream.read(_MARK_WITHIN)
 
 
 def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpoint:  # noqa: A001

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dynprobe.io.errors import UnreadableCheckpoint
 from dynprobe.io.header import OpenedCheckpoint
@@ -37,30 +38,23 @@ def open(path: Path, key: str | None = None, ema: bool = False) -> OpenedCheckpo
         UnreadableCheckpoint: Truncated, damaged, older than torch 0.1.10, or without weights.
     """
     where = str(path)
-    with path.open("rb") as stream:
-        if stream.read(1) != b"\x80":
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:1] != b"\x80":
             raise UnreadableCheckpoint(
                 f"{where}: a tar file of torch before 0.1.10.",
                 tip="Load it with an old torch and save it again.",
             )
-        stream.seek(0)
-        for _ in range(3):  # magic number, protocol version, system facts
-            _next_pickle(stream, where)
-        data = _next_pickle(stream, where)
-        keys = InertUnpickler(_next_pickle(stream, where), where=where).load()
+        ends = [0]
+        for _ in range(5):  # magic number, protocol version, system facts; the object; the table of storages
+            ends.append(scan_pickle(content, where, ends[-1]))
+        data, table = content[ends[3] : ends[4]], content[ends[4] : ends[5]]
+        keys = InertUnpickler(table, where=where).load()
         claimed = _claimed_storages(data, where)
-        storages = _locate(stream, path, keys, claimed)
+        storages = _locate(content, ends[5], path, keys, claimed)
     unpickler = InertUnpickler(
         data, where=where, find_storage=lambda saved_id: _find(saved_id, storages, where)
     )
     return PickledCheckpoint(path, NAME, unpickler.load(), unpickler, key=key, ema=ema)
-
-
-def _next_pickle(stream: BinaryIO, where: str) -> bytes:
-    start = stream.tell()
-    length = scan_pickle(stream, where)
-    stream.seek(start)
-    return stream.read(length)
 
 
 def _claimed_storages(data: bytes, where: str) -> dict[str, tuple[str, int]]:
@@ -89,18 +83,16 @@ def _parts(saved_id: tuple[Any, ...], where: str) -> tuple[str, str, int]:
 
 
 def _locate(
-    stream: BinaryIO, path: Path, keys: object, claimed: dict[str, tuple[str, int]]
+    content: mmap.mmap, position: int, path: Path, keys: object, claimed: dict[str, tuple[str, int]]
 ) -> dict[str, StorageRef]:
     """Walk over the raw storages behind the pickles: 8 bytes of length, then the data, in table order."""
-    size = path.stat().st_size
-    position = stream.tell()
+    size = len(content)
     storages = {}
     for key in keys if isinstance(keys, list) else []:
         if key not in claimed:
             raise UnreadableCheckpoint(f"{path}: storage '{key}' is in the table, but nothing uses it.")
         dtype, numel = claimed[key]
-        stream.seek(position)
-        head = stream.read(8)
+        head = content[position : position + 8]
         nbytes = numel * ITEM_SIZE[dtype]
         if len(head) < 8 or struct.unpack("<q", head)[0] != numel or position + 8 + nbytes > size:
             raise UnreadableCheckpoint(

@@ -106,12 +106,15 @@ class _Storages:
         self._members = members
         self._file_size = file_size
         self._base = base
-        self._found: dict[tuple[str, str], StorageRef] = {}
+        self._found: dict[tuple[Any, ...], StorageRef] = {}
 
     def find(self, saved_id: tuple[Any, ...]) -> StorageRef:
         if len(saved_id) != 5 or saved_id[0] != "storage":
             raise UnreadableCheckpoint(f"{self._path}: an unknown kind of reference in the pickle.")
         _, dtype, key, _, numel = saved_id
+        known = self._found.get((dtype, key, numel))
+        if known is not None:
+            return known
         if not isinstance(dtype, str) or dtype not in ITEM_SIZE or not isinstance(key, str):
             raise UnreadableCheckpoint(f"{self._path}: a storage of an unknown type.")
         nbytes = numel * ITEM_SIZE[dtype] if type(numel) is int else -1
@@ -125,13 +128,11 @@ class _Storages:
                 f"the file holds {member.file_size} bytes of it.",
                 tip="The file is damaged or was made to do harm. Save it again from the original.",
             )
-        if (key, dtype) not in self._found:
-            kind = "zip" if member.compress_type == zipfile.ZIP_STORED else "deflated"
-            position = self._base + member.header_offset
-            self._found[key, dtype] = StorageRef(
-                self._path, key, dtype, nbytes, position, kind, member.filename
-            )
-        return self._found[key, dtype]
+        kind = "zip" if member.compress_type == zipfile.ZIP_STORED else "deflated"
+        position = self._base + member.header_offset
+        found = StorageRef(self._path, key, dtype, nbytes, position, kind, member.filename)
+        self._found[dtype, key, numel] = found
+        return found
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

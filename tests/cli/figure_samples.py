@@ -12,6 +12,8 @@ from dynprobe.analyzers.core.result import FAILED, OK, Array, Piece, Result, Var
 
 CROSS_ENTROPY = {"n_classes": 10, "n_samples": 512, "measured_on": {"loss": "cross_entropy"}}
 
+THIRTEEN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 400, 700, 900, 1000)
+
 Height = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
@@ -115,3 +117,31 @@ def _piece(run: str, step: float, arrays: dict[str, Array], failed: bool) -> Pie
     if failed:
         return Piece(f"{run}{step}", index, {}, FAILED, "NaN in 'conv1.weight' & <more>")
     return Piece(f"{run}{step}", index, arrays, OK, "", 1.5, {"forwards": 9})
+
+
+def texts(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    return "\n".join(t.get_text() for t in figure.findobj(Text)).replace("\\$", "$")
+
+
+def panels(figure: Any) -> list[Any]:
+    return [a for a in figure.axes if a.get_label() != "<colorbar>"]
+
+
+def titles(figure: Any) -> list[str]:
+    return [a.get_title(loc="left") for a in panels(figure)]
+
+
+def legend(figure: Any) -> list[str]:
+    return [t.get_text() for box in figure.legends for t in box.get_texts()]
+
+
+def footnote(figure: Any) -> str:
+    return " ".join(figure.texts[-1].get_text().split())
+
+
+def contour_levels(axes: Any) -> list[float]:
+    from matplotlib.contour import QuadContourSet
+
+    return sorted({float(v) for c in axes.collections if isinstance(c, QuadContourSet) for v in c.levels})

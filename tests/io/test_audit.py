@@ -53,6 +53,17 @@ def test_truncated_file_is_found(folder):
     assert (found.kind, found.path) == ("damaged", str(folder / "step_300.pt"))
 
 
+def test_flipped_bit_in_the_weights_is_found_by_its_checksum(folder):
+    data = bytearray((folder / "step_300.pt").read_bytes())
+    where = data.index(state(3)["2.weight"].numpy().tobytes())
+    data[where] ^= 1
+    (folder / "step_300.pt").write_bytes(data)
+    os.utime(folder / "step_300.pt", (1_000_300, 1_000_300))
+    (found,) = findings(folder)
+    assert found.kind == "damaged"
+    assert "do not fit their checksum" in found.message
+
+
 def test_same_weights_at_different_steps_are_found(folder):
     save(folder, 400, state(2))
     (found,) = findings(folder)

@@ -383,3 +383,12 @@ class TestBatches:
         ]
         assert base not in {data.hash for data in others}
         assert Dataset(X, Y, 99, "elsewhere").hash == base
+
+    def test_data_moves_to_a_gpu_at_once_only_if_it_leaves_room_there(self, monkeypatch):
+        from dynprobe.io.data import _fits, named_tensors
+
+        tensors = named_tensors(X, Y)  # 120 + 80 bytes
+        for free, expected in ((801, True), (800, False)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, 10**9))
+            assert _fits(torch.device("cuda"), tensors) is expected
+        assert _fits(torch.device("cpu"), tensors)

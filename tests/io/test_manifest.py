@@ -87,6 +87,13 @@ def test_relative_files_are_relative_to_the_manifest(tmp_path):
     assert manifest.test_data.name == "mypkg.data:test"
 
 
+def test_a_transformers_model_is_named_by_its_folder_or_found_by_whoever_knows_the_run(tmp_path):
+    write(tmp_path / "a", '[model]\nfactory = "hf:../gpt"\n')
+    write(tmp_path / "b", '[model]\nfactory = "hf"\n')
+    assert find_manifest(tmp_path / "a").model.name == f"hf:{tmp_path / 'gpt'}"
+    assert find_manifest(tmp_path / "b").model.name == "hf"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynprobe.analyzers.numerics.evaluate import call, estimate, evaluate, move, resolve_metrics
+from dynprobe.analyzers.numerics.evaluate import (
+    call,
+    estimate,
+    evaluate,
+    move,
+    protect_inputs,
+    resolve_metrics,
+)
 from dynprobe.analyzers.numerics.losses import get_loss
 
 LOSS = get_loss("cross_entropy")
@@ -97,3 +104,21 @@ def test_moving_inputs_changes_the_dtype_of_floating_point_tensors_only() -> Non
         {"x": torch.ones(2), "ids": torch.ones(2, dtype=torch.long), "flag": True}, None, torch.float64
     )
     assert (moved["x"].dtype, moved["ids"].dtype, moved["flag"]) == (torch.float64, torch.int64, True)
+
+
+class Centres(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1.0
+        return x
+
+
+def test_a_model_that_writes_over_its_inputs_is_given_copies_and_others_are_not() -> None:
+    x = torch.ones(3, 2)
+    for model in (Centres(), nn.Sequential(nn.ReLU(inplace=True))):
+        protect_inputs(model, x)
+        model(x)
+        assert torch.equal(x, torch.ones(3, 2))
+        assert model._forward_pre_hooks
+    plain = nn.Identity()
+    protect_inputs(plain, x)
+    assert not plain._forward_pre_hooks
