@@ -7,6 +7,7 @@ from dynprobe.analyzers.core.contract import (
     Heatmap,
     Lines,
     Measurement,
+    OptionError,
     Range,
     analyzer,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Heatmap",
     "Lines",
     "Measurement",
+    "OptionError",
     "Range",
     "Result",
     "Var",

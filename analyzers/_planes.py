@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.numerics.directions import Direction, Normalization, normalise, random_directions
 from dynprobe.analyzers.numerics.hvp import HessianOperator
 from dynprobe.analyzers.numerics.lanczos import lanczos
@@ -21,20 +22,6 @@ from dynprobe.analyzers.numerics.params import filter_axis, private_copy, weight
 from dynprobe.analyzers.numerics.pca import TrajectoryPCA, axis_directions, principal_axes, trajectory_gram
 
 Normalize = Literal["auto", "filter", "layer", "none"]
-
-
-class BadOption(ValueError):
-    """An option cannot be followed.
-
-    Args:
-        message: What is wrong, in the user's words.
-        tip: What to do about it.
-    """
-
-    def __init__(self, message: str, tip: str = "") -> None:
-        super().__init__(f"{message} {tip}".strip())
-        self.message = message
-        self.tip = tip
 
 
 @dataclass
@@ -60,10 +47,10 @@ def resolve_normalize(directions: str, normalize: Normalize) -> Normalization:
     """Filter normalisation for random directions; the others already have a length that means something.
 
     Raises:
-        BadOption: A path to a checkpoint cannot be rescaled without missing it.
+        OptionError: A path to a checkpoint cannot be rescaled without missing it.
     """
     if directions.startswith("to:") and normalize not in ("auto", "none"):
-        raise BadOption(
+        raise OptionError(
             f"normalize {normalize} with directions {directions} would rescale the path, which then "
             "misses the other end.",
             "Leave the option out.",
@@ -109,11 +96,11 @@ def eigen_plane(
 def pca_plane(run: Any, model: nn.Module, dims: int, *, kind: Normalization) -> Plane:
     """Principal axes of the run's trajectory, unit length unless normalised; made once per run."""
     if run is None:
-        raise BadOption("directions pca need the whole run.", "Pass `run`, or use directions random.")
+        raise OptionError("directions pca need the whole run.", "Pass `run`, or use directions random.")
     names = list(weight_parameters(model))
     pca, axes, left_out = run.cached(("landscape pca", dims), lambda: _run_axes(run, names, dims))
     if len(axes) < dims:
-        raise BadOption(
+        raise OptionError(
             f"the run has too few distinct checkpoints for {dims} principal axes.",
             "Use dims 1 or more checkpoints.",
         )
@@ -143,7 +130,7 @@ def _run_axes(run: Any, names: Sequence[str], dims: int) -> tuple[TrajectoryPCA,
         else:
             bad.append(f"step {run.steps[i]} (NaN or infinite weights)")
     if len(good) < 2:
-        raise BadOption("directions pca need at least two sound checkpoints.", "See `dynprobe check`.")
+        raise OptionError("directions pca need at least two sound checkpoints.", "See `dynprobe check`.")
     notes = [f"left out of the principal axes: {', '.join(bad)}"] if bad else []
     pca, axes = trajectory_axes(lambda i: run.state(good[i]), [run.steps[i] for i in good], names, dims)
     return pca, axes, notes
@@ -168,7 +155,7 @@ def trajectory_axes(
 def path_to(run: Any, model: nn.Module, target: str) -> Plane:
     """The straight path to another checkpoint, θ' − θ, running statistics included; not normalised."""
     if run is None:
-        raise BadOption(f"directions to:{target} need a run to find it in.", "Pass `run`.")
+        raise OptionError(f"directions to:{target} need a run to find it in.", "Pass `run`.")
     state = run.state(target)
     own = {**weight_parameters(model), **dict(model.named_buffers())}
     direction = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynprobe.analyzers._planes import BadOption
+from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("contour", "filled", "relief")
@@ -30,11 +30,11 @@ def draw_trajectory(result: Result, figure: Any, style: str = "") -> None:
         style: contour (default), filled or relief (three-dimensional).
 
     Raises:
-        BadOption: If the style is not known.
+        OptionError: If the style is not known.
     """
     style = style or STYLES[0]
     if style not in STYLES:
-        raise BadOption(f"{style!r} is not a style of this figure.", f"Styles: {', '.join(STYLES)}.")
+        raise OptionError(f"{style!r} is not a style of this figure.", f"Styles: {', '.join(STYLES)}.")
     status = np.atleast_1d(result["status"])
     runs = [i for i in range(len(status)) if status[i] != FAILED][:MAXIMAL_RUNS]
     figure.set_size_inches(6.75, 2.5 * len(runs))

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
-from dynprobe.analyzers import Contours, Measurement, Range, Var, analyzer
+from dynprobe.analyzers import Contours, Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._landscape import Assembly
 from dynprobe.analyzers._planes import (
-    BadOption,
     Normalize,
     Plane,
     checkpoint_seed,
@@ -127,7 +126,21 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     return {"forwards": n_x * n_y * copies, "hvps": points * HVPS_PER_POINT}
 
 
-@analyzer(returns=RETURNS, figure=Contours(z="loss", x="x", y="y"), reads=_reads, cost=_cost)
+TABLE = (
+    "center_loss",
+    "loss",
+    "accuracy",
+    "test_loss",
+    "test_accuracy",
+    "loss_spread",
+    "barrier",
+    "test_barrier",
+    "convexity",
+    "heldout_residual",
+)
+
+
+@analyzer(returns=RETURNS, figure=Contours(z="loss", x="x", y="y"), reads=_reads, cost=_cost, table=TABLE)
 def landscape(
     model: torch.nn.Module,
     batches: Any,
@@ -197,7 +210,7 @@ def landscape(
         Loss and other metrics on the grid with standard errors over samples; see the report's long names.
 
     Raises:
-        BadOption: If the options contradict each other or the data.
+        OptionError: If the options contradict each other or the data.
 
     References:
         Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
@@ -205,7 +218,7 @@ def landscape(
         ICLR 2015 (interpolation).
     """
     if test and test_batches is None:
-        raise BadOption("there are no test data.", "Name them with --test-data, or leave --test out.")
+        raise OptionError("there are no test data.", "Name them with --test-data, or leave --test out.")
     if not test:
         test_batches = None
     loss = as_loss(loss)
@@ -260,11 +273,11 @@ def _resolution(text: str, *, plane: bool) -> tuple[int, int]:
     """`51` or `51x31` as (points along x, points along y); one along y on a line."""
     parts = str(text).lower().split("x")
     if not all(part.strip().isdigit() for part in parts) or len(parts) > 2:
-        raise BadOption(
+        raise OptionError(
             f"resolution {text!r} is not a number of points.", "Give one, as 51, or two, as 51x31."
         )
     if len(parts) == 2 and not plane:
-        raise BadOption(f"resolution {text} is for a plane, and this is a line.", f"Try {parts[0]}.")
+        raise OptionError(f"resolution {text} is for a plane, and this is a line.", f"Try {parts[0]}.")
     return int(parts[0]), int(parts[-1]) if plane else 1
 
 
@@ -297,7 +310,7 @@ def _planes(
         return [pca_plane(run, model, dims, kind=kind)]
     if directions.startswith("to:"):
         return [path_to(run, model, directions[3:])]
-    raise BadOption(f"directions {directions!r} is not known.", "Give random, pca, eigen or to:CHECKPOINT.")
+    raise OptionError(f"directions {directions!r} is not known.", "Give random, pca, eigen or to:CHECKPOINT.")
 
 
 def _convexity(

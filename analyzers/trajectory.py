@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynprobe.analyzers import Measurement, Range, Var, analyzer
-from dynprobe.analyzers._planes import BadOption, random_plane, trajectory_axes
+from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
+from dynprobe.analyzers._planes import random_plane, trajectory_axes
 from dynprobe.analyzers._sampling import Floats, Meter, Sampler, chosen_metrics
 from dynprobe.analyzers._trajectory_figure import draw_trajectory
 from dynprobe.analyzers.numerics.batchnorm import batchnorm_layers
@@ -58,7 +58,18 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     return {"forwards": 2 * n_checkpoints + int(options.get("grid", 25)) ** 2}
 
 
-@analyzer(returns=RETURNS, figure=draw_trajectory, cost=_cost)
+TABLE = (
+    "coordinate",
+    "distance",
+    "off_plane_distance",
+    "loss",
+    "plane_loss",
+    "explained_variance",
+    "random_walk",
+)
+
+
+@analyzer(returns=RETURNS, figure=draw_trajectory, cost=_cost, table=TABLE)
 def trajectory(
     checkpoints: Sequence[Any],
     batches: Any,
@@ -107,7 +118,7 @@ def trajectory(
         Coordinates, distances and losses of every checkpoint, and the surface that holds the whole path.
 
     Raises:
-        BadOption: If there are fewer than two distinct checkpoints.
+        OptionError: If there are fewer than two distinct checkpoints.
 
     References:
         Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS
@@ -116,7 +127,7 @@ def trajectory(
         training", NeurIPS 2018.
     """
     if len(checkpoints) < 2:
-        raise BadOption(
+        raise OptionError(
             "a trajectory needs at least two checkpoints.", "Give the whole run, or more --steps."
         )
     loss = as_loss(loss)
@@ -184,7 +195,7 @@ def _plane(
     try:
         pca, axes = trajectory_axes(lambda i: _weights(checkpoints[i]), steps, names, components, center)
     except ValueError as error:
-        raise BadOption(str(error)) from error
+        raise OptionError(str(error)) from error
     notes = [] if len(axes) > 1 else ["the path is a straight line: one axis holds all of it"]
     count = len(axes)
     values = {

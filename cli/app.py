@@ -131,12 +131,12 @@ _mount()
 
 def main() -> None:
     """Entry point of the `dynprobe` command."""
-    from dynprobe.analyzers.core.contract import DeclarationError
+    from dynprobe.analyzers.core.contract import DeclarationError, OptionError
     from dynprobe.io.errors import InputError
 
     try:
         app(prog_name="dynprobe")
-    except (InputError, LookupError, DeclarationError) as error:
+    except (InputError, LookupError, DeclarationError, OptionError) as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
         sys.exit(errors.report_error(error))

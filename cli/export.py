@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from dynprobe.analyzers.core.result import Result
-from dynprobe.cli.table import document, records
+from dynprobe.cli.document import document
+from dynprobe.cli.table import records
 from dynprobe.io.atomic import write_atomically
 from dynprobe.io.errors import InputError
 from dynprobe.io.names import suggestion
@@ -87,10 +88,8 @@ def _item(value: Any) -> Any:
 def _labels(result: Result, dim: str, size: int) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Names of the columns that tell where along a dimension a value stands, and their entries."""
     wanted = (*result.attributes.get("index", ()), "status")
-    hashes = ("hash", "key")
-    names = [
-        n for n in wanted if n in result and result.arrays[n].dims == (dim,) and not n.startswith(hashes)
-    ]
+    told = ("run", "checkpoint_run", "step", "path", "status")
+    names = [n for n in wanted if n in result and result.arrays[n].dims == (dim,) and n.startswith(told)]
     if dim in result and result.arrays[dim].dims == (dim,) and dim not in names:
         names = [dim, *names]
     if not names:

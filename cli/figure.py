@@ -1,4 +1,4 @@
-"""A result as a figure that a paper would print: .png, .pdf, .svg, or a small page of its own, .html."""
+"""A result as a figure that a paper would print, a small page of its own, or a file for ParaView."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynprobe.analyzers.core.contract import Bands, Contours, Heatmap, Lines
 from dynprobe.analyzers.core.result import Result, Var
+from dynprobe.cli import paraview
 from dynprobe.cli import style as look
 from dynprobe.cli.figure_contours import STYLES, draw_contours
 from dynprobe.cli.figure_curves import draw_lines
@@ -32,10 +33,10 @@ UNDATED: dict[str, dict[str, Any]] = {
 }
 """Metadata that keeps the date out, so that the same numbers give the same bytes."""
 
-SUFFIXES = (*(f".{suffix}" for suffix in UNDATED), ".html")
+SUFFIXES = (*(f".{suffix}" for suffix in UNDATED), ".html", *paraview.SUFFIXES)
 
 
-def draw(result: Result, declaration: Declaration | None, path: Path, *, style: str = "") -> None:
+def draw(result: Result, declaration: Declaration | None, path: Path, *, style: str = "") -> list[Path]:
     """Draw a result and write it to a file; the same result gives the same bytes.
 
     Args:
@@ -45,17 +46,23 @@ def draw(result: Result, declaration: Declaration | None, path: Path, *, style: 
         style: For landscapes `contour` (default), `filled` or `surface`; or the name of another
             variable, to draw that one.
 
+    Returns:
+        The files written: several for ParaView where there are several surfaces.
+
     Raises:
         InputError: If suffix or style are not known, or the result has nothing to draw.
         CannotWrite: If the file cannot be written.
     """
     suffix = _suffix(path)
+    if suffix in paraview.SUFFIXES:
+        return paraview.write_paraview(result, path, variable=style or "loss")
     figure = figure_of(result, declaration, style=style)
     if suffix == ".html":
         content = page(result, _rendered(figure, "svg").decode(), declaration).encode()
     else:
         content = _rendered(figure, suffix[1:])
     write_atomically(path, content)
+    return [path]
 
 
 def check_figure(path: Path, declaration: Declaration, style: str = "") -> None:

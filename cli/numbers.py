@@ -21,14 +21,12 @@ def with_error(value: float, error: float = math.nan) -> str:
         return number(value)
     if error == 0 or not math.isfinite(error):
         return f"{number(value)} ± {number(error)}"
-    size = max(abs(value), abs(error))
-    exponent = math.floor(math.log10(size))
-    scale = exponent if exponent < -4 or exponent > 5 else 0
-    mantissa, spread = value / 10.0**scale, abs(error) / 10.0**scale
-    decimals = 1 - math.floor(math.log10(float(f"{spread:.1e}")))
-    if decimals > 12:  # an error of pure rounding: the value has no more digits than a float holds
+    if abs(error) < 1e-13 * abs(value):  # pure rounding: a float holds no digits that small
         return f"{number(value)} ± {error:.1e}"
-    decimals = max(decimals, 0)
+    exponent = math.floor(math.log10(max(abs(value), abs(error))))
+    scale = max(exponent, -300) if exponent < -4 or exponent > 5 else 0
+    mantissa, spread = value / 10.0**scale, abs(error) / 10.0**scale
+    decimals = max(0, 1 - math.floor(math.log10(float(f"{spread:.1e}"))))
     text = f"{mantissa:.{decimals}f} ± {spread:.{decimals}f}"
     return f"({text})e{scale:+03d}" if scale else text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +65,8 @@ def show(
     With --format json, one document: a list of results, each with its `file`. NaN is null, infinities
     are the strings "Infinity" and "-Infinity". With --format csv, one result, a line for each piece.
     """
-    from dynprobe.cli.table import closed_pipe_is_fine, document, print_result
+    from dynprobe.cli.document import document
+    from dynprobe.cli.table import closed_pipe_is_fine, print_result
     from dynprobe.io.plain_json import dumps
 
     results = [(file, result) for file in files for result in _read(file, analyzer).values()]
@@ -209,6 +209,7 @@ def diff(
     Exit code 0 if every value agrees within the tolerances (|a − b| ≤ atol + rtol·|b|), 1 if not.
     Differences of provenance are shown and do not count.
     """
+    from dynprobe.cli.report_diff import print_diff
     from dynprobe.cli.table import closed_pipe_is_fine
     from dynprobe.io.compare import compare
 
@@ -218,42 +219,8 @@ def diff(
     alone = {n: first if n in a else second for n in names if n not in found}
     same = not alone and all(c.same for c in found.values())
     with closed_pipe_is_fine():
-        _print_diff(found, alone, same, as_json=output_format is DiffFormat.JSON)
+        print_diff(found, alone, same, as_json=output_format is DiffFormat.JSON)
     raise typer.Exit(errors.DONE if same else errors.SOME_FAILED)
-
-
-def _print_diff(found: Mapping[str, Any], alone: Mapping[str, Path], same: bool, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from dynprobe.cli.numbers import number
-    from dynprobe.cli.plain_table import print_rows
-    from dynprobe.io.plain_json import dumps
-
-    if as_json:
-        results = {name: asdict(c) | {"same": c.same} for name, c in found.items()}
-        print(dumps({"same": same, "results": results, "only_in": alone}, indent=2))
-        return
-    for name, path in alone.items():
-        print(f"{name}: only in {path}")
-    for name, comparison in found.items():
-        print(f"{name}: {'same' if comparison.same else 'different'}")
-        for key, (one, other) in comparison.provenance.items():
-            print(f"  {key.replace('_', ' ')}: {_short(one)} | {_short(other)}")
-        for sentence in comparison.differences:
-            print(f"  {sentence}")
-        head = ["variable", "entries", "max |a-b|", "max relative", "max in errors", ""]
-        rows = [
-            [
-                v.variable,
-                str(v.entries),
-                number(v.absolute),
-                number(v.relative),
-                "" if isnan(v.in_errors) else number(v.in_errors),
-                "" if v.within else "different",
-            ]
-            for v in comparison.variables
-        ]
-        print_rows(head, rows, right=head[1:5])
 
 
 def _read(file: Path, analyzer: str | None) -> dict[str, Result]:

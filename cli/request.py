@@ -114,6 +114,13 @@ class Request:
         0, "--seed", panel=HOW, needs="random", help="Seed of everything random: subset, directions, probes."
     )
     workers: int = _option(1, "--workers", panel=HOW, help="Processes on this machine.")
+    threads: int | None = _option(
+        None,
+        "--threads",
+        panel=HOW,
+        needs="model",
+        help="CPU threads. [default: as many as a trial shows to help]",
+    )
     shard: str | None = _option(
         None,
         "--shard",

@@ -21,6 +21,7 @@ from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, Array, Piece, Res
 from dynprobe.cli import errors
 from dynprobe.cli.progress import Bar
 from dynprobe.cli.setup import command_line
+from dynprobe.cli.threads import set_threads
 from dynprobe.cli.work import Plan, Shelf, make_plan
 from dynprobe.io.errors import InputError
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from dynprobe.cli.request import Request
-
-PARAVIEW = (".vts", ".vtp")
 
 
 def run(request: Request) -> int:
@@ -57,6 +56,8 @@ def run(request: Request) -> int:
         return errors.DONE
     report = report_path(request, plan)
     _check_outputs(request, plan, report)
+    if request.workers == 1:
+        set_threads(request.threads, plan)
     pieces: dict[int, Piece] = {}
     stopped: errors.Interrupted | None = None
     try:
@@ -126,14 +127,9 @@ def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
 
     check_writable(report)
     if figure := figure_path(request, plan, report):
-        from dynprobe.cli.figure import SUFFIXES
+        from dynprobe.cli.figure import check_figure
 
-        if figure.suffix.lower() not in (*SUFFIXES, *PARAVIEW):
-            known = ", ".join((*SUFFIXES, *PARAVIEW))
-            raise InputError(
-                f"--figure {figure}: a figure is one of {known}.", f"Try {figure.with_suffix('.pdf')}"
-            )
-        check_writable(figure)
+        check_figure(figure, plan.declaration, request.style)
     if not report.exists() or request.fresh:
         return
     older = read_report(report).get(plan.declaration.group)
@@ -178,8 +174,10 @@ def provenance(request: Request, plan: Plan) -> dict[str, Any]:
         "dtype": request.dtype,
         "seed": request.seed,
         "batch_size": request.batch_size,
+        "threads": torch.get_num_threads(),
         "mode": "eval (dropout off, BatchNorm statistics frozen) unless an option above says otherwise",
         "planned": len(plan.units),
+        "table": list(plan.declaration.table),
     }
     if request.shard:
         attributes["shard"] = request.shard
@@ -229,14 +227,10 @@ def _finish(
     except BrokenPipeError:
         # The reader has seen enough; the report is written. Python would complain at exit otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    figure = figure_path(request, plan, report)
-    if figure is not None and len(failed) < len(pieces):
-        _draw(result, declaration, figure, request.style)
+    figures = _draw(request, plan, report, result) if len(failed) < len(pieces) else []
     if not request.quiet:
-        written = f"report: {report}" + (
-            f"   figure: {figure}" if figure and len(failed) < len(pieces) else ""
-        )
-        errors.note(written)
+        names = f"   figure: {' '.join(map(str, figures))}" if figures else ""
+        errors.note(f"report: {report}{names}")
     if stopped:
         errors.warn(f"stopped after {len(pieces)} of {len(plan.mine)}; the same command resumes")
         return stopped.exit_code
@@ -248,15 +242,18 @@ def _finish(
     return errors.DONE
 
 
-def _draw(result: Result, declaration: Declaration, figure: Path, style: str) -> None:
-    if figure.suffix.lower() in PARAVIEW:
-        from dynprobe.cli.paraview import write_paraview
-
-        write_paraview(result, figure)
-        return
+def _draw(request: Request, plan: Plan, report: Path, result: Result) -> list[Path]:
+    """Draw the figure; what goes wrong here must not hide that the report is written."""
+    path = figure_path(request, plan, report)
+    if path is None:
+        return []
     from dynprobe.cli.figure import draw
 
-    draw(result, declaration, figure, style=style)
+    try:
+        return draw(result, plan.declaration, path, style=request.style)
+    except InputError as error:
+        errors.warn(f"no figure: {error}")
+        return []
 
 
 def summarised(declaration: Declaration, result: Result) -> Result:

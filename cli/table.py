@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import PurePath
 from textwrap import indent
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from dynprobe.analyzers.core.result import Array, Result
+from dynprobe.cli.document import document
 from dynprobe.cli.numbers import number, with_error
 from dynprobe.cli.plain_table import print_csv, print_rows
 from dynprobe.io.plain_json import dumps
@@ -35,7 +36,9 @@ def print_result(result: Result, format: str = "table", file: TextIO | None = No
         if format == "json":
             print(dumps(document(result), indent=2))
         elif format == "csv":
-            table = records(result)
+            table = {
+                n: [_printable(v) if isinstance(v, str) else v for v in c] for n, c in records(result).items()
+            }
             print_csv(list(table), list(zip(*table.values(), strict=True)))
         else:
             _print_table(result)
@@ -71,13 +74,15 @@ def columns(result: Result, *, short: bool = False) -> dict[str, list[str]]:
     """
     table = {}
     for name, values in _labels(result).items():
-        if short and name.startswith("run") and len(set(values)) == 1 and len(values) > 1:
+        if short and name.startswith(("run", "checkpoint_run")) and len(set(values)) == 1 < len(values):
             continue
         head = name.replace("path", "file")
         table[head] = [
             _printable(PurePath(str(v)).name if short and head != name else number(v)) for v in values
         ]
-    for name, (array, error) in _measured(result).items():
+    measured = _measured(result)
+    for name in _shown(result, measured):
+        array, error = measured[name]
         for head, values, errors in _entries(result, name, array, error):
             if name.endswith("_stderr") and isinstance(values[0], np.ndarray):
                 continue
@@ -120,43 +125,10 @@ def records(result: Result) -> dict[str, list[Any]]:
     return table
 
 
-def document(result: Result) -> dict[str, Any]:
-    """Everything a result holds, for JSON.
-
-    `pieces` has one entry a piece, with its labels, status and `values`; `variables` describes these;
-    `coordinates` labels their dimensions; `summary` has the numbers that belong to no single piece.
-    """
-    lead = result.lead
-    described = {
-        name: {"dims": [d for d in a.dims if d != lead], "units": a.units, "long_name": a.long_name}
-        | ({"error": a.error} if a.error else {})
-        for name, a in result.variables.items()
-    }
-    stacked = (lead,) if lead else ()
-    own = {n: a for n, a in result.arrays.items() if a.dims[:1] == stacked or not lead}
-    labels = {n: a for n, a in own.items() if n in result.coordinates and a.dims == stacked}
-    values = {n: a for n, a in own.items() if n in described}
-    pieces = []
-    for i in range(result.n_pieces):
-        row = {n: np.atleast_1d(a.values)[i] for n, a in labels.items()}
-        row["notes"] = str(row["notes"]).splitlines()
-        row["values"] = {n: a.values[i] if lead else a.values for n, a in values.items()}
-        pieces.append(row)
-    coordinates = {
-        n: {"units": a.units, "values": a.values}
-        for n, a in result.arrays.items()
-        if a.dims == (n,) and n != lead
-    }
-    summary = {n: result[n] for n in result.variables if n not in own}
-    return {
-        "analyzer": result.analyzer,
-        "grain": result.grain,
-        "provenance": {k: v for k, v in result.attributes.items() if k != "index"},
-        "coordinates": coordinates,
-        "variables": described,
-        "pieces": pieces,
-        "summary": summary,
-    }
+def _shown(result: Result, names: Iterable[str]) -> list[str]:
+    """Those of the names that the analyzer wants to see in a table, in its order; all if it has no wish."""
+    wanted = result.attributes.get("table")
+    return [n for n in wanted if n in set(names)] if wanted else list(names)
 
 
 def _labels(result: Result) -> dict[str, list[Any]]:
@@ -275,7 +247,9 @@ def _summary(result: Result) -> list[str]:
         spread = error.values.ravel().tolist() if error is not None else [np.nan] * len(values)
         cells = [_cell(v, e) for v, e in zip(values, spread, strict=True)]
         if len(array.dims) == 1 and array.dims[0] in result:
-            cells = [f"{label} {cell}" for label, cell in zip(result[array.dims[0]], cells, strict=True)]
+            dim = array.dims[0]
+            labels = [f"{dim.removeprefix('summary_')} {number(x)}" for x in result[dim].tolist()]
+            cells = [f"{cell} ({label})" for label, cell in zip(labels, cells, strict=True)]
         shown = ", ".join(cells) if len(cells) <= MAX_ENTRIES else _cell(array.values, np.nan)
         lines.append(f"{name}: {shown}" + (f" {array.units}" if array.units not in ("", "1") else ""))
     return lines

@@ -116,7 +116,7 @@ def _work(request: Request, report: Path, pipe: Connection, count: int) -> None:
     from dynprobe.cli.run import open_store
     from dynprobe.cli.work import make_plan
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    torch.set_num_threads(request.threads or max(1, (os.cpu_count() or 1) // count))
     try:
         plan = make_plan(request)
         store = open_store(request, plan.declaration, report)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynprobe.io.errors import InputError
+from dynprobe.io.findings import Finding, Seen, place_of
 from dynprobe.io.hashing import content_hash, tensor_hash
 from dynprobe.io.header import TensorInfo
+from dynprobe.io.mixed_shards import find_mixed
 from dynprobe.io.run_folders import weight_files
 from dynprobe.io.spacing import missing_steps, out_of_time_order
 from dynprobe.io.step_names import counts_in_name
@@ -26,33 +26,6 @@ if TYPE_CHECKING:
 _SMALLEST_TELLING = 4
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong with a sequence.
-
-    Attributes:
-        kind: "damaged", "not finite", "drift", "duplicate", "mixed", "missing", "order" or "step mismatch".
-        run: The run's name.
-        path: The file concerned; empty where it is the run as a whole.
-        message: What is wrong, in one line.
-    """
-
-    kind: str
-    run: str
-    path: str
-    message: str
-
-
-@dataclass
-class _Seen:
-    """What is kept of a checkpoint after its weights are let go."""
-
-    checkpoint: Checkpoint
-    hash: str
-    tensors: dict[str, str] = field(default_factory=dict)
-    telling: set[str] = field(default_factory=set)
-
-
 def audit(sequence: Sequence, progress: Callable[[Checkpoint], None] | None = None) -> list[Finding]:
     """Check one run.
 
@@ -64,7 +37,7 @@ def audit(sequence: Sequence, progress: Callable[[Checkpoint], None] | None = No
         What was found, those about single files first; empty for a sound run.
     """
     findings = [Finding("order", sequence.name, "", warning) for warning in sequence.warnings]
-    seen: list[_Seen] = []
+    seen: list[Seen] = []
     for checkpoint in sequence.checkpoints:
         if progress is not None:
             progress(checkpoint)
@@ -73,20 +46,16 @@ def audit(sequence: Sequence, progress: Callable[[Checkpoint], None] | None = No
     findings += _drift(sequence)
     findings += _step_mismatches(sequence)
     findings += _duplicates(sequence, seen)
-    findings += _mixed(sequence, seen)
+    findings += find_mixed(sequence.name, seen)
     findings += _gaps(sequence)
     findings += _time_order(sequence)
     return findings
 
 
-def _place(checkpoint: Checkpoint) -> str:
-    return checkpoint.path.name if checkpoint.step is None else f"{checkpoint.step_unit} {checkpoint.step}"
-
-
 # -- one checkpoint ------------------------------------------------------------------------------------------
 
 
-def _look_at(checkpoint: Checkpoint, seen: list[_Seen]) -> Iterator[Finding]:
+def _look_at(checkpoint: Checkpoint, seen: list[Seen]) -> Iterator[Finding]:
     """Read one checkpoint: damaged, not finite; remember its hashes."""
     path = str(checkpoint.path)
     if checkpoint.problem:
@@ -99,7 +68,7 @@ def _look_at(checkpoint: Checkpoint, seen: list[_Seen]) -> Iterator[Finding]:
         return
     hashes = {name: tensor_hash(tensor) for name, tensor in state.items()}
     telling = {name for name, tensor in state.items() if _is_telling(tensor)}
-    seen.append(_Seen(checkpoint, content_hash(state, hashes), hashes, telling))
+    seen.append(Seen(checkpoint, content_hash(state, hashes), hashes, telling))
     bad = {name: count for name, tensor in state.items() if (count := _n_not_finite(tensor))}
     if bad:
         worst = max(bad, key=lambda name: bad[name])
@@ -216,61 +185,17 @@ def _claimed_twice(checkpoint: Checkpoint, unit: str) -> tuple[int | float, int 
     return inside.value, in_name.value, in_name.unit == unit and inside.source != "optimizer state"
 
 
-def _duplicates(sequence: Sequence, seen: list[_Seen]) -> Iterator[Finding]:
+def _duplicates(sequence: Sequence, seen: list[Seen]) -> Iterator[Finding]:
     """Find checkpoints at different steps with the same weights."""
-    by_hash: dict[str, list[_Seen]] = defaultdict(list)
+    by_hash: dict[str, list[Seen]] = defaultdict(list)
     for entry in seen:
         by_hash[entry.hash].append(entry)
     for same in by_hash.values():
         if len(same) > 1:
             first = same[0].checkpoint
             others = ", ".join(str(entry.checkpoint.path) for entry in same[1:])
-            message = f"{first.path} ({_place(first)}): the same weights as {others}."
+            message = f"{first.path} ({place_of(first)}): the same weights as {others}."
             yield Finding("duplicate", sequence.name, str(first.path), message)
-
-
-def _mixed(sequence: Sequence, seen: list[_Seen]) -> Iterator[Finding]:
-    """Find tensors that return to an earlier checkpoint's values, or stand still in a single shard.
-
-    A frozen tensor never changes and is no finding; a tensor that changed and came back is.
-    """
-    distinct = [entry for i, entry in enumerate(seen) if entry.hash not in {e.hash for e in seen[:i]}]
-    shared: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for name in sorted({name for entry in distinct for name in entry.telling}):
-        last_at: dict[str, int] = {}
-        for position, entry in enumerate(distinct):
-            value = entry.tensors.get(name)
-            if value is None or name not in entry.telling:
-                continue
-            before = last_at.get(value)
-            between = distinct[before + 1 : position] if before is not None else []
-            if before is not None and any(other.tensors.get(name) != value for other in between):
-                shared[before, position].append(name)
-            last_at[value] = position
-    for position, names in _stale_shards(distinct):
-        shared[position - 1, position] += names
-    for (earlier, later), names in sorted(shared.items()):
-        first, second = distinct[earlier].checkpoint, distinct[later].checkpoint
-        message = (
-            f"{second.path} ({_place(second)}): {len(names)} of {len(distinct[later].tensors)} tensors "
-            f"are those of {_place(first)}, others are not ('{names[0]}'…): shards of two checkpoints mixed?"
-        )
-        yield Finding("mixed", sequence.name, str(second.path), message)
-
-
-def _stale_shards(seen: list[_Seen]) -> Iterator[tuple[int, list[str]]]:
-    """Find sharded checkpoints with tensors that stood still for this one interval of the run."""
-    n_moves: Counter[str] = Counter()
-    for earlier, later in pairwise(seen):
-        n_moves.update(name for name in later.telling if later.tensors[name] != earlier.tensors.get(name))
-    for position in range(1, len(seen)):
-        earlier, later = seen[position - 1], seen[position]
-        if len(seen) < 4 or len(weight_files(later.checkpoint.path)) < 2:
-            continue
-        still = [name for name in sorted(later.telling) if later.tensors[name] == earlier.tensors.get(name)]
-        still = [name for name in still if n_moves[name] == len(seen) - 2]
-        if still:
-            yield position, still
 
 
 def _gaps(sequence: Sequence) -> Iterator[Finding]:
@@ -294,7 +219,7 @@ def _time_order(sequence: Sequence) -> Iterator[Finding]:
     for position in out_of_time_order([checkpoint.path for checkpoint in placed], times):
         checkpoint = placed[position]
         message = (
-            f"{checkpoint.path} ({_place(checkpoint)}): was written out of order, by its modification time."
+            f"{checkpoint.path} ({place_of(checkpoint)}): was written out of order, by its modification time."
         )
         yield Finding("order", sequence.name, str(checkpoint.path), message)
 

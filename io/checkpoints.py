@@ -91,8 +91,11 @@ class Checkpoint:
         opened = _open(self)
         try:
             return LoadedState(opened.load(), list(opened.header.notes))
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise UnreadableCheckpoint(f"{self.path}: its weights cannot be read ({error}).") from error
+        except InputError:
+            raise
+        except Exception as error:  # whatever torch or the disk says of damaged data, it is this file's fault
+            what = f"{type(error).__name__}: {error}"
+            raise UnreadableCheckpoint(f"{self.path}: its weights cannot be read ({what}).") from error
 
 
 @dataclass

@@ -1,27 +1,18 @@
-"""Labelled arrays ↔ HDF5 groups that xarray, netCDF and h5py read alike.
-
-Files are built in memory and written as bytes (`dynprobe.io.atomic`), so that a full disk is met by
-plain file output and never leaves the HDF5 library with a half-written file to close.
-"""
+"""Labelled arrays ↔ HDF5 groups that xarray, netCDF and h5py read alike."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import h5py
 import numpy as np
 
 from dynprobe.analyzers.core.result import Array
-from dynprobe.io.errors import DamagedReport, InputError
 from dynprobe.io.plain_json import dumps, plain
 
-LIBVER = ("v110", "v110")  # newer layouts cannot be read by HDF5 1.10 and the netCDF library built on it
 FILTERS: dict[str, Any] = {"compression": "gzip", "shuffle": True, "fletcher32": True}
 TEXT = h5py.string_dtype("utf-8")
 
@@ -29,76 +20,6 @@ TEXT = h5py.string_dtype("utf-8")
 # name of a dimension without being its coordinate.
 NO_COORDINATE = "This is a netCDF dimension but not a netCDF variable.{:10d}"
 NOT_A_COORDINATE = "_nc4_non_coord_"
-
-
-SUPERBLOCK = 48
-"""Bytes at the start in which HDF5 marks a file as open for writing, for good if that program is killed."""
-
-SEAL = b"dynprobe sealed\n"
-"""Stands after the last byte that HDF5 knows of, followed by the SHA-256 of all before and the superblock."""
-
-
-def image(build: Callable[[h5py.File], None]) -> bytes:
-    """The bytes of the HDF5 file that `build` fills, sealed; equal contents give equal bytes."""
-    name = uuid.uuid4().hex  # two open files of one name would be taken for the same file
-    with h5py.File(name, "w", driver="core", backing_store=False, libver=LIBVER) as file:
-        build(file)
-        file.flush()
-        content = bytes(file.id.get_file_image())
-    return content + SEAL + hashlib.sha256(content).digest() + content[:SUPERBLOCK]
-
-
-@contextmanager
-def opened(path: Path, *, sealed: bool = False) -> Iterator[h5py.File]:
-    """A file open for reading, whatever locks other processes hold on it.
-
-    The seal is checked before the HDF5 library sees a byte: a flipped bit in its text heap, which has
-    no checksum of its own, can send the library into an endless loop.
-
-    Args:
-        path: The file.
-        sealed: Whether a file without seal is damaged. One that another program has added to has
-            lost its seal and is still a report.
-
-    Raises:
-        InputError: If there is no such file, or it may not be read.
-        DamagedReport: If it is not a whole HDF5 file, or reading fails inside the block.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file.", "Is the path right?") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    content = _unsealed(path, content, sealed)
-    try:
-        file = h5py.File(h5py.h5f.open_file_image(content))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    with file:
-        try:
-            yield file
-        except InputError:
-            raise
-        except Exception as error:  # damage surfaces as any of a dozen kinds
-            raise _damaged(path, error) from error
-
-
-def _unsealed(path: Path, content: bytes, sealed: bool) -> bytes:
-    """What was sealed, with the superblock as it was, if the seal is there and holds."""
-    end = len(content) - len(SEAL) - hashlib.sha256().digest_size - SUPERBLOCK
-    seal, digest = content[end : end + len(SEAL)], content[end + len(SEAL) : -SUPERBLOCK]
-    if seal != SEAL and not sealed:
-        return content
-    original = content[-SUPERBLOCK:] + content[SUPERBLOCK : max(end, 0)]
-    if seal != SEAL or hashlib.sha256(original).digest() != digest:
-        raise DamagedReport(f"{path}: does not match its checksum: it was damaged or altered")
-    return original
-
-
-def _damaged(path: Path, error: Exception) -> DamagedReport:
-    detail = str(error).strip("'\"") or type(error).__name__
-    return DamagedReport(f"{path}: is damaged or is not an HDF5 file: {detail}")
 
 
 def storable(values: np.ndarray) -> np.ndarray:
@@ -186,7 +107,7 @@ def read_arrays(group: h5py.Group, names: list[str]) -> dict[str, Array]:
     """The arrays of these names with their dimensions, in this order.
 
     Raises:
-        Exception: Of any kind if one is damaged or absent; `opened` explains it.
+        Exception: Of any kind if one is damaged or absent; `sealed.opened` explains it.
     """
     return {name: _read(group, name) for name in names}
 

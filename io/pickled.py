@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import pickle
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,13 +106,11 @@ def safe_load(path: Path) -> Any:
 
     for mapped in (True, False):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about old storage classes: nothing a user can act on
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError:
             return None
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, EOFError):
-            continue  # pre-1.6 files cannot be mapped; anything else is left to the inert reader
+        except Exception:
+            continue  # pre-1.6 files cannot be mapped; damaged ones raise anything, and the inert reader says why
     return None
 
 

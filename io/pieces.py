@@ -20,6 +20,7 @@ from dynprobe.io import hdf5
 from dynprobe.io.atomic import remove_leftovers, write_atomically
 from dynprobe.io.errors import DamagedReport, InputError
 from dynprobe.io.plain_json import dumps
+from dynprobe.io.sealed import image, opened
 
 log = logging.getLogger("dynprobe")
 
@@ -161,12 +162,12 @@ def _image(piece: Piece) -> bytes:
         text = {"piece": about, "checksum": hdf5.checksum(piece.arrays, about)}
         hdf5.write_attributes(file, text)
 
-    return hdf5.image(build)
+    return image(build)
 
 
 def _read(path: Path) -> Piece | None:
     try:
-        with hdf5.opened(path, sealed=True) as file:
+        with opened(path, sealed=True) as file:
             about, digest = str(file.attrs["piece"]), file.attrs["checksum"]
             facts = json.loads(about)
             arrays: dict[str, Array] = hdf5.read_arrays(file, facts.pop("variables"))

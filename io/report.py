@@ -15,6 +15,7 @@ from dynprobe.io.atomic import remove_leftovers, write_atomically
 from dynprobe.io.errors import CannotWrite, DamagedReport, InputError
 from dynprobe.io.pieces import Partial, PieceStore
 from dynprobe.io.plain_json import dumps
+from dynprobe.io.sealed import image, opened
 
 __all__ = ["Partial", "PieceStore", "read_report", "result_pieces", "write_result", "write_results"]
 
@@ -36,7 +37,7 @@ def read_report(path: Path, only: Collection[str] = ()) -> dict[str, Result]:
         InputError: If there is no such file, or it is not a report.
         DamagedReport: If a result cannot be read or does not match its checksum.
     """
-    with hdf5.opened(path) as file:
+    with opened(path) as file:
         if "dynprobe_layout" not in file.attrs:
             raise InputError(f"{path}: is not a dynprobe report.", "Name the file given to -o earlier.")
         if int(file.attrs["dynprobe_layout"]) > LAYOUT:
@@ -93,7 +94,7 @@ def write_results(path: Path, results: Mapping[str, Result]) -> None:
     remove_leftovers(path.parent, path.name)
     while True:  # another process may have put its own result in meanwhile: take that along
         before = _fingerprint(path)
-        content = hdf5.image(lambda file: _build(file, path, results))
+        content = image(lambda file: _build(file, path, results))
         if write_atomically(path, content, unless=lambda seen=before: _fingerprint(path) != seen):  # type: ignore[misc]
             return
 
@@ -125,7 +126,7 @@ def _keep_others(file: h5py.File, path: Path, skip: Collection[str]) -> None:
     if not path.is_file():
         raise CannotWrite(f"{path}: is not a file that could be replaced.", "Choose another name with -o.")
     try:
-        with hdf5.opened(path) as old:
+        with opened(path) as old:
             known = "dynprobe_layout" in old.attrs
             if known:
                 hdf5.copy_tree(old, file, skip=skip)

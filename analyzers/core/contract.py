@@ -40,6 +40,20 @@ class DeclarationError(TypeError):
     """An analyzer's declaration contradicts itself or asks for what a workspace does not have."""
 
 
+class OptionError(ValueError):
+    """An analyzer's options contradict each other or what it was given; raised by the analyzer.
+
+    Args:
+        message: What is wrong, in the user's words.
+        tip: What to do about it.
+    """
+
+    def __init__(self, message: str, tip: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.tip = tip
+
+
 @dataclass(frozen=True)
 class Range:
     """Bounds of a numeric option, inclusive."""
@@ -127,6 +141,7 @@ class Declaration:
         summary_returns: Their declarations.
         cost: `cost(options, n_checkpoints) -> {"forwards": …}` per piece, for `--dry-run`.
         reads: `reads(options)`, the other checkpoints a measurement depends on.
+        table: Variables the table on the screen shows; empty for all.
     """
 
     name: str
@@ -142,6 +157,7 @@ class Declaration:
     summary_returns: Mapping[str, Var] = field(default_factory=dict)
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    table: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:
@@ -189,6 +205,7 @@ def analyzer(
     summary_returns: Mapping[str, Var] | None = None,
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None,
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
+    table: Sequence[str] = (),
 ) -> Callable[[Function], Function]:
     """Declare a plain function to be an analyzer; it stays the plain function.
 
@@ -201,6 +218,8 @@ def analyzer(
         cost: Work per piece, for `--dry-run`: `cost(options, n_checkpoints)` gives counts by name.
         reads: For an analyzer that asks for `run`: what else it looks at under these options, as
             `run.state` takes it (`"all"`, `"last"`, a step, a path); part of the key for resuming.
+        table: Names of the variables that the table on the screen shows, in order; all by default. The
+            report, JSON and CSV always hold everything.
 
     Raises:
         DeclarationError: At import, if the declaration cannot be followed.
@@ -216,6 +235,7 @@ def analyzer(
             summary_returns=dict(summary_returns or {}),
             cost=cost,
             reads=reads,
+            table=tuple(table),
         )
         setattr(function, MARKER, declaration)
         return function
@@ -256,6 +276,8 @@ def _declaration(
             needs.append(parameter.name)
     grain = _grain(title, needs)
     _check_returns(title, returns, grain)
+    if unknown := [n for n in extras["table"] if n not in {*returns, *extras["summary_returns"]}]:
+        raise DeclarationError(f"{title}: table= names {unknown}, which it does not return")
     line = description.split("\n")[0]
     return Declaration(
         name=title,

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from dynprobe.analyzers.core.contract import Declaration, DeclarationError, Measurement, labelled
+from dynprobe.analyzers.core.contract import Declaration, DeclarationError, Measurement, OptionError, labelled
 from dynprobe.analyzers.core.registry import source_files
 from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, NOT_CONVERGED, OK, Array, Piece, tidy
 from dynprobe.analyzers.core.workspace import Run, Workspace
@@ -108,12 +108,14 @@ class Job:
         options: Its keyword options.
         progress: Called with `(done, total, what)` inside a piece.
         fresh: Measure again even where a finished piece is stored.
+        measured: How many pieces were measured so far.
     """
 
     declaration: Declaration
     options: Mapping[str, Any]
     progress: Progress = lambda _done, _total, _what: None
     fresh: bool = False
+    measured: int = 0
 
 
 def checkpoint_units(run: Run, chosen: Sequence[Any]) -> list[Unit]:
@@ -191,6 +193,7 @@ def measure(job: Job, units: Iterable[Unit], store: Store) -> Iterator[tuple[Pie
 
     Raises:
         DeclarationError: If the analyzer breaks its own declaration: no piece could ever be right.
+        OptionError: If the first piece to be measured finds that the options cannot be followed.
     """
     previous: tuple[str, Measurement] | None = None
     with ThreadPoolExecutor(1, "dynprobe-load") as pool:
@@ -246,6 +249,10 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
         returned = job.declaration.function(*_arguments(job, unit, store, key, previous), **job.options)
     except DeclarationError:
         raise
+    except OptionError as error:
+        if not job.measured:
+            raise  # the first piece to be measured says so: no other can do better
+        return failed(_sentence(error), key)
     except Exception as error:
         log.debug("%s", unit.index, exc_info=True)
         return failed(_sentence(error), key)
@@ -264,6 +271,7 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
         tuple(dict.fromkeys([*notes, *measurement.notes])),
     )
     store.put(piece)
+    job.measured += 1
     return piece, False
 
 

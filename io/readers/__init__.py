@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from dynprobe.io.errors import UnreadableCheckpoint
+from dynprobe.io.errors import InputError, UnreadableCheckpoint
 from dynprobe.io.header import OpenedCheckpoint
 
 FORMATS = (
@@ -59,7 +59,10 @@ def open_file(path: Path, key: str | None = None, ema: bool = False) -> OpenedCh
         UnreadableCheckpoint: No format knows it, or it is damaged or unsafe.
         NoSuchKey: It does not hold what `key` or `ema` asks for.
     """
-    reader = find_reader(path)
+    try:
+        reader = find_reader(path)
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{path}: {error.strerror or error}.") from error
     if reader is None:
         if path.is_file() and path.stat().st_size == 0:
             raise UnreadableCheckpoint(f"{path}: is empty.", tip="Its saving was cut off; leave it out.")
@@ -68,4 +71,12 @@ def open_file(path: Path, key: str | None = None, ema: bool = False) -> OpenedCh
             tip="Known: torch (.pt, .pth, .bin, .ckpt, old and new), safetensors, Hugging Face and "
             "torch.distributed.checkpoint folders, Lightning, DeepSpeed.",
         )
-    return reader.open(path, key, ema)
+    try:
+        return reader.open(path, key, ema)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # a file made or damaged in a way that no check foresaw is one more damaged file
+        what = f"{type(error).__name__}: {error}"
+        raise UnreadableCheckpoint(f"{path}: is damaged, or no {reader.NAME} file ({what}).") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ MAX_PICKLE = 1 << 30
 # Deflate reaches about 1000:1 on zeros; a pickle of real structure stays below 30:1.
 MAX_RATIO = 200
 _SMALL = 1 << 20
+# What zipfile raises on archives that were cut off or tampered with.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ArithmeticError, ValueError, EOFError, RuntimeError)
 
 
 def sniff(path: Path) -> bool:
@@ -86,7 +89,7 @@ def read_archive(path: Path, *, stream: BinaryIO | None = None, base: int = 0) -
                     f"{path}: was saved on a big-endian machine.",
                     tip="Load it with torch and save it again on this machine.",
                 )
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise UnreadableCheckpoint(
             f"{path}: the zip archive cannot be read ({error}).",
             tip="It is truncated or still being written. Copy it again, or leave it out.",

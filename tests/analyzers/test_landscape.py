@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynprobe.analyzers._planes import BadOption
+from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.core.contract import declaration_of, labelled
 from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, measure
 from dynprobe.analyzers.core.result import stack
@@ -357,7 +357,7 @@ def test_a_path_to_the_same_weights_is_a_point_without_a_barrier() -> None:
 
 def test_a_path_is_never_normalised_because_it_would_miss_its_end() -> None:
     model = trained()
-    with pytest.raises(BadOption, match="misses the other end"):
+    with pytest.raises(OptionError, match="misses the other end"):
         landscape(
             model, BATCHES, CROSS_ENTROPY, run=FakeRun([model]), directions="to:last", normalize="filter"
         )
@@ -488,7 +488,7 @@ def test_test_data_stand_beside_the_training_data() -> None:
     np.testing.assert_allclose(found["test_loss_stderr"], alone["loss_stderr"], rtol=1e-5)
     assert "test_accuracy" in found
     assert "test_loss" not in landscape(trained(), BATCHES, CROSS_ENTROPY, other, resolution="3")
-    with pytest.raises(BadOption, match="no test data"):
+    with pytest.raises(OptionError, match="no test data"):
         landscape(trained(), BATCHES, CROSS_ENTROPY, resolution="3", test=True)
 
 
@@ -562,8 +562,9 @@ def test_a_plain_loss_function_will_do() -> None:
     ],
 )
 def test_options_that_cannot_be_followed_say_what_to_do(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as caught:
         landscape(trained(), BATCHES, CROSS_ENTROPY, **options)
+    assert message in f"{caught.value} {getattr(caught.value, 'tip', '')}"
 
 
 def make_run(models: list[nn.Module]) -> Run:
@@ -613,3 +614,22 @@ def test_declared_cost_counts_points_seeds_and_test_data() -> None:
     assert many["forwards"] == 60
     assert many["hvps"] > 121
     assert declaration.cost(defaults | {"directions": "to:last"}, 1)["forwards"] == 51
+
+
+def test_an_eigenvector_can_be_normalised_like_a_random_direction() -> None:
+    model = trained()
+    raw = landscape(model, BATCHES, CROSS_ENTROPY, directions="eigen", resolution="3", dims=1)
+    scaled = landscape(
+        model, BATCHES, CROSS_ENTROPY, directions="eigen", resolution="3", dims=1, normalize="layer"
+    )
+    assert raw["direction_norm"][0] == pytest.approx(1.0, rel=1e-5)
+    weights = sum(float(p.detach().square().sum()) for p in model.parameters() if p.dim() > 1)
+    assert scaled["direction_norm"][0] == pytest.approx(weights**0.5, rel=0.1)
+
+
+def test_it_leaves_gradients_enabled_and_the_loss_of_a_caller_trainable() -> None:
+    model = trained()
+    landscape(model, BATCHES, CROSS_ENTROPY, resolution="3")
+    assert torch.is_grad_enabled()
+    CROSS_ENTROPY(model(BATCHES[0][0]), BATCHES[0][1]).backward()
+    assert all(p.grad is not None for p in model.parameters())

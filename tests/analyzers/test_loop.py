@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from dynprobe.analyzers import Measurement, Var, analyzer
+from dynprobe.analyzers import Measurement, OptionError, Var, analyzer
 from dynprobe.analyzers.core.contract import DeclarationError, declaration_of
 from dynprobe.analyzers.core.loop import (
     Job,
@@ -268,3 +268,14 @@ def test_the_model_is_refilled_and_back_in_eval_mode_for_every_checkpoint():
 
     run = make_run([1.0, 2.0])
     assert values_of(measure(job(careless), checkpoint_units(run, run.checkpoints), MemoryStore())) == [1, 2]
+
+
+def test_options_that_cannot_be_followed_stop_the_call_at_the_first_piece():
+    @analyzer(returns=NORM)
+    def picky(state):
+        """Norm."""
+        raise OptionError("resolution 4 is even.", "Try 5.")
+
+    run = make_run([1.0, 2.0])
+    with pytest.raises(OptionError, match="even"):
+        list(measure(job(picky), checkpoint_units(run, run.checkpoints), MemoryStore()))

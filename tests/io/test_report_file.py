@@ -22,6 +22,7 @@ from dynprobe.analyzers.core.result import FAILED, Array, Piece, Result, stack
 from dynprobe.io import atomic, hdf5
 from dynprobe.io.errors import CannotWrite, DamagedReport, InputError
 from dynprobe.io.report import read_report, result_pieces, write_result, write_results
+from dynprobe.io.sealed import image
 
 
 def surface(step: int, scale: float = 1.0) -> Piece:
@@ -264,7 +265,7 @@ def test_a_newer_layout_is_refused_with_advice(tmp_path: Path) -> None:
     def newer(file: h5py.File) -> None:
         file.attrs["dynprobe_layout"] = 99
 
-    (tmp_path / "r.h5").write_bytes(hdf5.image(newer))
+    (tmp_path / "r.h5").write_bytes(image(newer))
     with pytest.raises(InputError, match="newer dynprobe"):
         read_report(tmp_path / "r.h5")
 
