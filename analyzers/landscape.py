@@ -283,9 +283,12 @@ def _resolution(text: str, *, plane: bool) -> tuple[int, int]:
 
 def _axes(resolution: str, span: float, *, line: bool, path: bool) -> tuple[Floats, Floats]:
     n_x, n_y = _resolution(resolution, plane=not line)
-    if path:
-        return interpolation_axis(n_x, span), np.zeros(1)
-    return symmetric_axis(n_x, span), np.zeros(1) if line else symmetric_axis(n_y, span)
+    try:
+        if path:
+            return interpolation_axis(n_x, span), np.zeros(1)
+        return symmetric_axis(n_x, span), np.zeros(1) if line else symmetric_axis(n_y, span)
+    except ValueError as error:
+        raise OptionError(f"resolution {resolution}: {error}") from error
 
 
 def _planes(

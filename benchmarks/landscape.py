@@ -107,6 +107,9 @@ def _task(name: str, model: nn.Module, shape: tuple[int, ...], resolution: int) 
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(shape, generator=generator)
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # no zeros: loss-landscapes divides by the norms of biases
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         for _ in range(3):
             model.train()(inputs)  # running statistics that fit the data
     targets = torch.randint(10, (shape[0],), generator=generator)

@@ -6,11 +6,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dynprobe.analyzers.core.loop import piece_key
 from dynprobe.analyzers.core.result import tidy
+from dynprobe.cli.plain_table import print_rows
 from dynprobe.cli.run import open_store, report_path
 
 if TYPE_CHECKING:
@@ -46,7 +44,8 @@ def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
         return cost
     n_checkpoints = max(len(unit.workspaces) for unit in plan.units)
     for name, count in plan.declaration.cost(plan.job.options, n_checkpoints).items():
-        cost[name] = count * to_do
+        if count:
+            cost[name] = count * to_do
     if "forwards" in cost and plan.declaration.wants("batches"):
         seconds = _seconds_per_forward(plan)
         # A Hessian-vector product by double backward is about five forward passes (research: 5.1).
@@ -88,13 +87,8 @@ def _show(request: Request, rows: list[dict[str, Any]], cost: dict[str, Any]) ->
         writer.writeheader()
         writer.writerows(rows)
         return
-    out = Console(soft_wrap=True)
-    table = Table(title="What would be done", title_justify="left")
-    for name in names:
-        numeric = tidy([row.get(name) for row in rows]).dtype.kind in "if"
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in names))
-    out.print(table)
+    numeric = [n for n in names if tidy([row.get(n) for row in rows]).dtype.kind in "if"]
+    print_rows(names, [[str(row.get(n, "")) for n in names] for row in rows], right=numeric)
+    print()
     for name, value in cost.items():
-        out.print(f"{name}: {value}", highlight=False)
+        print(f"{name}: {value}")

@@ -1,8 +1,9 @@
-"""Numbers for people: as many digits as the error leaves meaningful."""
+"""Numbers for people, with as many digits as the error leaves meaningful, and other values on one line."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 DIGITS = 5
@@ -43,4 +44,17 @@ def number(value: Any) -> str:
         if value.is_integer() and abs(value) < 1e15:
             return str(int(value))
         return f"{value:.{DIGITS}g}" if not math.isnan(value) else "NaN"
+    return str(value)
+
+
+def one_line(value: Any) -> str:
+    """A value of a report's provenance on one line.
+
+    >>> one_line({"span": 1.0, "pair": [1, 2]})
+    'span=1.0, pair=1, 2'
+    """
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={one_line(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(one_line, value))
     return str(value)

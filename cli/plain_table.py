@@ -21,13 +21,14 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        Console().print(table, markup=False)
+            table.add_row(*(Text(cell) for cell in row))  # not markup: paths may hold brackets
+        Console().print(table)
         return
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:

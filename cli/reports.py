@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -83,19 +82,13 @@ def show(
 
 
 def _print_provenance(result: Result) -> None:
+    from dynprobe.cli.numbers import one_line
+
     hidden = ("index", "title")
     for name, value in result.attributes.items():
         if name not in hidden and value not in (None, "", [], {}):
-            print(f"  {name.replace('_', ' ')}: {_short(value)}")
+            print(f"  {name.replace('_', ' ')}: {one_line(value)}")
     print()
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}={_short(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_short, value))
-    return str(value)
 
 
 @report_app.command("export")

@@ -49,6 +49,8 @@ def run(request: Request) -> int:
                 errors.warn(f"{prepared.run.name}: {text}")
             for text in prepared.notes if request.verbose else ():
                 errors.note(f"{prepared.run.name}: {text}")
+    if request.workers == 1:
+        set_threads(request.threads, plan)
     if request.dry_run:
         from dynprobe.cli.dry_run import show_plan
 
@@ -56,8 +58,6 @@ def run(request: Request) -> int:
         return errors.DONE
     report = report_path(request, plan)
     _check_outputs(request, plan, report)
-    if request.workers == 1:
-        set_threads(request.threads, plan)
     pieces: dict[int, Piece] = {}
     stopped: errors.Interrupted | None = None
     try:
@@ -66,7 +66,7 @@ def run(request: Request) -> int:
             for position, piece, stored in _measure(request, plan, report):
                 pieces[position] = piece
                 bar.piece_done(measured=not stored)
-                if piece.status == FAILED and not request.quiet:
+                if piece.status in (FAILED, INCOMPLETE) and not request.quiet:
                     errors.warn(f"{_label(piece)}: {piece.reason}")
     except errors.Interrupted as signalled:
         stopped = signalled
@@ -235,9 +235,10 @@ def _finish(
         errors.warn(f"stopped after {len(pieces)} of {len(plan.mine)}; the same command resumes")
         return stopped.exit_code
     if failed:
-        errors.warn(f"{len(failed)} of {len(pieces)} failed:")
-        for piece in failed:
-            errors.warn(f"{_label(piece)}: {piece.reason}")
+        if request.quiet:
+            for piece in failed:
+                errors.warn(f"{_label(piece)}: {piece.reason}")
+        errors.warn(f"{len(failed)} of {len(pieces)} failed or are incomplete; the reasons are above")
         return errors.SOME_FAILED
     return errors.DONE
 

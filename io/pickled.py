@@ -110,7 +110,7 @@ def safe_load(path: Path) -> Any:
         except pickle.UnpicklingError:
             return None
         except Exception:
-            continue  # pre-1.6 files cannot be mapped; damaged ones raise anything, and the inert reader says why
+            continue  # pre-1.6 files cannot be mapped; of damaged ones the inert reader says what is wrong
     return None
 
 

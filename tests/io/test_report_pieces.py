@@ -211,15 +211,16 @@ def test_killed_at_any_moment_nothing_finished_is_lost_and_a_second_call_resumes
     acknowledged: set[int] = set()
     stacked = 0
     for _ in range(15):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", WORKER, str(report), str(total)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.0, 0.25))
-        process.kill()
-        lines, _ = process.communicate()
-        finished = [line.split() for line in lines.splitlines() if line.count(" ") == 1]
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            lines = [process.stdout.readline() for _ in range(rng.randrange(4))]
+            time.sleep(rng.uniform(0.0, 0.05))
+            process.kill()
+            lines += process.stdout.readlines()
+        finished = [line.split() for line in lines if line.endswith("\n")]
         new = {int(number) for kind, number in finished if kind == "piece"}
         assert not new & acknowledged, "measured again what was finished"
         acknowledged |= new
