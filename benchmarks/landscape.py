@@ -4,9 +4,9 @@
     python benchmarks/landscape.py --nets mlp,cnn --rounds 5
 
 Every peer that can be imported runs (`pip install --no-deps loss-landscapes loss-landscape-3d gradfield
-nngeom losscape`); the others are named with the reason. All take turns, a grid each, and of several rounds the best
-counts, measured with the process's CPU clock; so does the sgemm peak. "x limit" is the time per point over
-the forward pass's FLOPs at that peak. Only ratios within one run mean anything. What is measured is the
+nngeom losscape`); the others are named with the reason. All take turns, a grid each, and of several rounds the
+best counts, measured with the process's CPU clock; so does the sgemm peak. "x limit" is the time per point
+over the forward pass's FLOPs at that peak. Only ratios within one run mean anything. What is measured is the
 evaluation of the grid; drawing directions and preparing (shown for dynprobe) come once on top.
 """
 
@@ -340,9 +340,8 @@ def measure(task: Task, entrants: dict[str, Callable[[Task], Runner]], rounds: i
     """Let all entrants take turns and print the table."""
     axis = np.linspace(-1, 1, task.resolution)
     n_parameters = sum(p.numel() for p in task.model.parameters())
-    print(
-        f"\n{task.name}: {n_parameters:,} parameters, {task.flops / 1e9:.3f} GFLOP a point, {len(axis)}x{len(axis)}"
-    )
+    size = f"{n_parameters:,} parameters, {task.flops / 1e9:.3f} GFLOP a point"
+    print(f"\n{task.name}: {size}, {len(axis)}x{len(axis)} points")
     runners: dict[str, Runner] = {}
     errors: dict[str, str] = {}
     for name, prepare in entrants.items():

@@ -1,10 +1,8 @@
-"""Rows of text → stdout: a Rich table on a terminal, aligned full-width text in a pipe, CSV, or JSON."""
+"""Rows of text → stdout: a Rich table on a terminal, aligned full-width text in a pipe, or CSV."""
 
 from __future__ import annotations
 
 import csv
-import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,18 +42,3 @@ def print_csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-
-
-def print_json(document: object) -> None:
-    """Print one JSON document; what is not a finite number becomes null, as JSON knows no NaN."""
-    print(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

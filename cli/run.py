@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import signal
 import sys
@@ -132,7 +131,7 @@ def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
         check_figure(figure, plan.declaration, request.style)
     if not report.exists() or request.fresh:
         return
-    older = read_report(report).get(plan.declaration.group)
+    older = read_report(report, only=[plan.declaration.group]).get(plan.declaration.group)
     if older is None:
         return
     new = identity(request, plan)
@@ -207,8 +206,8 @@ def _finish(
             return errors.DONE
         errors.warn("stopped before the first piece was finished; the same command resumes")
         return stopped.exit_code
-    from dynprobe.cli.table import print_result
-    from dynprobe.io.report import PieceStore, write_result
+    from dynprobe.cli.table import closed_pipe_is_fine, print_result
+    from dynprobe.io.report import PieceStore, result_pieces, write_result
 
     declaration = plan.declaration
     attributes = provenance(request, plan)
@@ -219,14 +218,11 @@ def _finish(
         whole = summarised(declaration, stack(declaration.name, declaration.grain, kept, attributes))
     write_result(report, whole)
     failed = [p for p in pieces if p.status in (FAILED, INCOMPLETE)]
-    if not failed and not stopped:
+    written = result_pieces(report, declaration.group)  # another process may have replaced the report since
+    if not failed and not stopped and all(p.key in written for p in pieces):
         PieceStore(report, declaration.group).clear()
-    try:
-        print_result(result, request.format, file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has seen enough; the report is written. Python would complain at exit otherwise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with closed_pipe_is_fine():
+        print_result(result, request.format)
     figures = _draw(request, plan, report, result) if len(failed) < len(pieces) else []
     if not request.quiet:
         names = f"   figure: {' '.join(map(str, figures))}" if figures else ""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynprobe.cli.plain_table import print_csv, print_json, print_rows
+from dynprobe.cli.plain_table import print_csv, print_rows
+from dynprobe.io.plain_json import dumps
 
 if TYPE_CHECKING:
     from dynprobe.io.checkpoints import Checkpoint, Sequence
@@ -25,7 +26,7 @@ class OutputFormat(StrEnum):
 Runs = Annotated[
     list[str],
     typer.Argument(
-        help="Folders of checkpoints, checkpoint files, globs, or - for paths on stdin.", metavar="RUN..."
+        help="Folders of checkpoints, checkpoint files, globs, or - for paths on stdin.", metavar="RUN"
     ),
 ]
 Key = Annotated[
@@ -36,7 +37,7 @@ Ema = Annotated[
 ]
 StepPattern = Annotated[
     str | None,
-    typer.Option(help=r"Regular expression whose group is the step in a file's path, e.g. 'it(\d+)\.pt'."),
+    typer.Option(help=r"Regular expression whose group is the step in a file's path, e.g. 'it(\d+)'."),
 ]
 Format = Annotated[OutputFormat, typer.Option("--format", help="How to write the result.")]
 
@@ -56,7 +57,7 @@ def inspect(
     sequences = open_runs(runs, key=key, ema=ema, step_pattern=step_pattern)
     facts = [[_facts(checkpoint, with_hash) for checkpoint in sequence] for sequence in sequences]
     if output_format is OutputFormat.JSON:
-        print_json({"runs": [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]})
+        print(dumps({"runs": [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]}, indent=2))
     elif output_format is OutputFormat.CSV:
         columns = ["run", *_COLUMNS, *(["hash"] if with_hash else []), "problem"]
         print_csv(columns, [[row[column] for column in columns] for rows in facts for row in rows])
@@ -93,15 +94,10 @@ def check(
     findings = [finding for in_run in found for finding in in_run]
     if output_format is OutputFormat.JSON:
         names = zip(sequences, found, strict=True)
-        print_json(
-            {
-                "n_findings": len(findings),
-                "runs": [
-                    {"run": s.name, "n_checkpoints": len(s), "findings": [vars(f) for f in in_run]}
-                    for s, in_run in names
-                ],
-            }
-        )
+        runs = [
+            {"run": s.name, "n_checkpoints": len(s), "findings": [vars(f) for f in in_run]} for s, in_run in names
+        ]
+        print(dumps({"n_findings": len(findings), "runs": runs}, indent=2))
     elif output_format is OutputFormat.CSV:
         columns = ["kind", "run", "path", "message"]
         print_csv(columns, [[getattr(finding, column) for column in columns] for finding in findings])
@@ -139,7 +135,8 @@ def _facts(checkpoint: Checkpoint, with_hash: bool) -> dict[str, Any]:
 
 
 def _hash(checkpoint: Checkpoint, row: dict[str, Any]) -> str | None:
-    from dynprobe.io.errors import InputError
+    from dynprobe.io.plain_json import dumps
+from dynprobe.io.errors import InputError
 
     if checkpoint.problem:
         return None

@@ -264,8 +264,8 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
     whole_run = bool(names & {"checkpoints", "runs"})
     facts: dict[str, Any] = {}
     if specs.model and ("model" in names or whole_run):
-        args = sorted((k, str(v)) for k, v in specs.model.args.items() if k != "config")
-        facts["model"] = f"{_name(specs.model)} {args}"
+        args = ", ".join(f"{k}={v}" for k, v in sorted(specs.model.args.items()) if k != "config")
+        facts["model"] = f"{_name(specs.model)}({args})"
         facts["dtype"] = request.dtype
     if specs.data and "batches" in names:
         facts["data"] = shared.dataset(specs.data).hash

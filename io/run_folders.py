@@ -20,6 +20,21 @@ _NOT_WEIGHTS = re.compile(
     r"\.pt2$",
     re.IGNORECASE,
 )
+# Nobody takes these for checkpoints, so that they were left out needs no word.
+_PLAIN_SUFFIXES = {
+    ".toml",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".log",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".py",
+    ".png",
+    ".pdf",
+    ".svg",
+}
 _CHECKPOINT_FOLDERS = {"checkpoints", "checkpoint", "ckpts", "ckpt", "weights", "models", "snapshots"}
 _MAIN_FILES = {"model", "pytorch_model", "weights", "checkpoint", "state", "state_dict", "ckpt"}
 
@@ -105,7 +120,7 @@ def _list_level(folder: Path, excluded: set[Path]) -> Listing:
             _add_folder(listing, entry, excluded)
         elif not _NOT_WEIGHTS.search(entry.name) and _may_be_checkpoint(entry):
             listing.paths.append(entry)
-        else:
+        elif entry.suffix.lower() not in _PLAIN_SUFFIXES:
             listing.left_out.append(entry.name)
     return listing
 

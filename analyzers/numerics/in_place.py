@@ -1,4 +1,4 @@
-"""Let a ReLU write over its input where that is a fresh result nobody else reads: less memory traffic."""
+"""Write over values that nobody else reads, in ReLUs and residual additions: less memory traffic."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dynprobe.analyzers.numerics.fold import LINEAR, Call, Given
 
 _RELU = (functional.relu, torch.relu)
+_ADD = (operator.add, torch.add)
 _FRESH = (*LINEAR, _BatchNorm, Given)  # modules whose result is new memory
 
 
@@ -33,8 +34,8 @@ def _reads_fresh_result(reader: Call, calls: Sequence[Call]) -> bool:
     return len(readers) == 1 and any(isinstance(source.module, _FRESH) for source in sources)
 
 
-def relu_functions_in_place(model: nn.Module) -> nn.Module:
-    """Do the same for `functional.relu` and its kin, which only a graph shows.
+def functions_in_place(model: nn.Module) -> nn.Module:
+    """Do the same for `functional.relu` and for `a + b` of a residual network, which only a graph shows.
 
     Returns:
         A `torch.fx` graph that shares the model's submodules; the model itself where there is nothing to gain
@@ -55,8 +56,19 @@ def relu_functions_in_place(model: nn.Module) -> nn.Module:
             node.op, node.target = "call_function", torch.relu_
             node.args, node.kwargs = node.args[:1], {}
             rewritten += 1
+        elif (
+            node.target in _ADD and len(node.args) == 2 and not node.kwargs and _is_fresh(node.args[0], graph)
+        ):
+            node.target = add_in_place
+            rewritten += 1
     graph.recompile()
     return graph if rewritten else model
+
+
+def add_in_place(fresh: Any, other: Any) -> Any:
+    """`fresh + other`, written over `fresh` where that has the sum's shape and dtype."""
+    fits = isinstance(other, Tensor) and fresh.shape == other.shape and fresh.dtype == other.dtype
+    return fresh.add_(other) if fits else fresh + other
 
 
 class _Tracer(fx.Tracer):
@@ -77,4 +89,4 @@ def _is_fresh(value: Any, graph: fx.GraphModule) -> bool:
         return isinstance(module, _FRESH)
     if value.op == "call_function" and value.target is operator.iadd:
         return _is_fresh(value.args[0], graph)
-    return value.op == "call_function" and value.target in (operator.add, torch.add)
+    return value.op == "call_function" and value.target in (*_ADD, add_in_place)

@@ -18,7 +18,7 @@ from dynprobe.analyzers.numerics.fold import (
     layer_outputs,
     record,
 )
-from dynprobe.analyzers.numerics.in_place import relu_functions_in_place, relu_modules_in_place
+from dynprobe.analyzers.numerics.in_place import functions_in_place, relu_modules_in_place
 from dynprobe.analyzers.numerics.params import private_copy
 from dynprobe.analyzers.numerics.plane import Direction, Plane
 
@@ -142,7 +142,7 @@ def _candidate(
         given = Given()
         model.set_submodule(layer, given)
         notes.append("first layer computed once for all points")
-    model = relu_functions_in_place(model)
+    model = functions_in_place(model)
     return Prepared(model, data, Plane(_tensors(model) | tensors, moved), notes, given)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from dynprobe.analyzers.numerics.directions import random_directions
 from dynprobe.analyzers.numerics.evaluate import call
 from dynprobe.analyzers.numerics.fold import first_layer, fold_batchnorm, layer_outputs, record
-from dynprobe.analyzers.numerics.in_place import relu_functions_in_place, relu_modules_in_place
+from dynprobe.analyzers.numerics.in_place import functions_in_place, relu_modules_in_place
 from dynprobe.analyzers.numerics.params import private_copy
 from dynprobe.analyzers.numerics.plane import Plane
 from dynprobe.analyzers.numerics.prepare import Piece, Prepared, prepare_fast
@@ -196,7 +196,7 @@ def test_the_first_layer_is_recognised_only_if_it_reads_the_data_themselves(
 
 def test_relu_is_in_place_only_where_nothing_else_reads_its_input() -> None:
     model = trained_statistics(Residual(False))
-    graph = relu_functions_in_place(model)
+    graph = functions_in_place(model)
     inputs = torch.randn(2, 3, 8, 8)
     assert (
         sum(node.target is torch.relu_ for node in graph.graph.nodes) == 1
@@ -226,3 +226,22 @@ def test_a_plane_returns_to_its_centre_bit_for_bit_after_any_walk() -> None:
     plane.move_to(0.0)
     assert torch.equal(model.weight, before)
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Sums(nn.Module):
+    """A sum that can be written over its first term, one that cannot (another shape), one that must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.c(x)
+        return (self.a(x) + x) + (self.b(x) + x) * (kept + x) * kept
+
+
+def test_a_sum_is_written_over_its_first_term_only_where_that_is_free_and_fits() -> None:
+    model, inputs = Sums(), torch.randn(3, 4)
+    before = inputs.clone()
+    torch.testing.assert_close(functions_in_place(model)(inputs), model(inputs))
+    assert torch.equal(inputs, before)
