@@ -57,7 +57,8 @@ def inspect(
     sequences = open_runs(runs, key=key, ema=ema, step_pattern=step_pattern)
     facts = [[_facts(checkpoint, with_hash) for checkpoint in sequence] for sequence in sequences]
     if output_format is OutputFormat.JSON:
-        print(dumps({"runs": [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]}, indent=2))
+        runs = [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]
+        print(dumps({"runs": runs}, indent=2))
     elif output_format is OutputFormat.CSV:
         columns = ["run", *_COLUMNS, *(["hash"] if with_hash else []), "problem"]
         print_csv(columns, [[row[column] for column in columns] for rows in facts for row in rows])
@@ -94,10 +95,11 @@ def check(
     findings = [finding for in_run in found for finding in in_run]
     if output_format is OutputFormat.JSON:
         names = zip(sequences, found, strict=True)
-        runs = [
-            {"run": s.name, "n_checkpoints": len(s), "findings": [vars(f) for f in in_run]} for s, in_run in names
+        document = [
+            {"run": s.name, "n_checkpoints": len(s), "findings": [vars(f) for f in in_run]}
+            for s, in_run in names
         ]
-        print(dumps({"n_findings": len(findings), "runs": runs}, indent=2))
+        print(dumps({"n_findings": len(findings), "runs": document}, indent=2))
     elif output_format is OutputFormat.CSV:
         columns = ["kind", "run", "path", "message"]
         print_csv(columns, [[getattr(finding, column) for column in columns] for finding in findings])
@@ -135,8 +137,7 @@ def _facts(checkpoint: Checkpoint, with_hash: bool) -> dict[str, Any]:
 
 
 def _hash(checkpoint: Checkpoint, row: dict[str, Any]) -> str | None:
-    from dynprobe.io.plain_json import dumps
-from dynprobe.io.errors import InputError
+    from dynprobe.io.errors import InputError
 
     if checkpoint.problem:
         return None

@@ -168,7 +168,8 @@ def test_code_named_by_a_manifest_needs_trust_and_the_message_says_what_would_ru
     text = MANIFEST.replace('name = "cross_entropy"', 'name = "evil.py:loss"')
     (folder / "run" / "dynprobe.toml").write_text(text)
     (folder / "run" / "evil.py").write_text(
-        f"import pathlib; pathlib.Path({str(folder / 'owned')!r}).touch()\nfrom torch.nn.functional import cross_entropy as loss\n"
+        f"import pathlib; pathlib.Path({str(folder / 'owned')!r}).touch()\n"
+        "from torch.nn.functional import cross_entropy as loss\n"
     )
     code, _, err = dynprobe(capsys, *SMALL, "--steps", "last")
     assert code == 2
