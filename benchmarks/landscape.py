@@ -4,8 +4,8 @@
     python benchmarks/landscape.py --nets mlp,cnn --rounds 5
 
 Every peer that can be imported runs (`pip install --no-deps loss-landscapes loss-landscape-3d gradfield
-nngeom losscape`); the others are named with the reason. All take turns, a grid each, and of several rounds the
-best counts, measured with the process's CPU clock; so does the sgemm peak. "x limit" is the time per point
+nngeom losscape`); the others are named with the reason. All take turns, a grid each, and the best of several
+rounds counts, measured with the process's CPU clock; so does the sgemm peak. "x limit" is the time per point
 over the forward pass's FLOPs at that peak. Only ratios within one run mean anything. What is measured is the
 evaluation of the grid; drawing directions and preparing (shown for dynprobe) come once on top.
 """

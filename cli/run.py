@@ -36,11 +36,7 @@ def run(request: Request) -> int:
     Raises:
         InputError: If nothing can be done (exit code 2).
     """
-    level = logging.DEBUG if request.verbose else logging.ERROR if request.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("dynprobe").setLevel(level)
-    for noisy in ("matplotlib", "PIL", "h5py", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log_to_stderr(request)
     plan = make_plan(request)
     if not request.quiet:
         for prepared in plan.prepared:
@@ -60,10 +56,12 @@ def run(request: Request) -> int:
     pieces: dict[int, Piece] = {}
     stopped: errors.Interrupted | None = None
     try:
-        with signals_raise(), Bar(plan.declaration.name, len(plan.mine), quiet=request.quiet) as bar:
+        bar = Bar(plan.declaration.name, len(plan.mine), quiet=request.quiet)
+        with signals_raise() as gate, bar:
             plan.job.progress = bar.part
-            for position, piece, stored in _measure(request, plan, report):
+            for position, piece, stored in _measure(request, plan, report, gate):
                 pieces[position] = piece
+                gate.open()
                 bar.piece_done(measured=not stored)
                 if piece.status in (FAILED, INCOMPLETE) and not request.quiet:
                     errors.warn(f"{_label(piece)}: {piece.reason}")
@@ -73,7 +71,18 @@ def run(request: Request) -> int:
         return _finish(request, plan, report, [pieces[p] for p in sorted(pieces)], stopped)
 
 
-def _measure(request: Request, plan: Plan, report: Path) -> Iterator[tuple[int, Piece, bool]]:
+def _log_to_stderr(request: Request) -> None:
+    """Log lines of dynprobe go to stderr, from the level that -q or -v asks for."""
+    level = logging.DEBUG if request.verbose else logging.ERROR if request.quiet else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setLevel(level)
+    logger = logging.getLogger("dynprobe")
+    logger.handlers = [handler]
+    logger.setLevel(min(level, logging.WARNING))
+
+
+def _measure(request: Request, plan: Plan, report: Path, gate: Gate) -> Iterator[tuple[int, Piece, bool]]:
     if request.workers > 1 and len(plan.mine) > 1:
         from dynprobe.cli.workers import measure_in_processes
 
@@ -83,6 +92,7 @@ def _measure(request: Request, plan: Plan, report: Path) -> Iterator[tuple[int, 
     from dynprobe.analyzers.core.loop import measure
 
     store = open_store(request, plan.declaration, report)
+    store.before_put = gate.close
     pieces = measure(plan.job, [plan.units[p] for p in plan.mine], store)
     for position, (piece, stored) in zip(plan.mine, pieces, strict=True):
         yield position, piece, stored
@@ -296,19 +306,44 @@ def _label(piece: Piece) -> str:
     return " | ".join(paths) or str(piece.index.get("run", piece.index.get("runs", "")))
 
 
+class Gate:
+    """Holds a signal back from the moment a piece is written until it is counted as finished."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._waiting: int | None = None
+
+    def arrived(self, number: int) -> None:
+        """A signal is here: raise `Interrupted` now, or when the gate opens."""
+        self._waiting = number
+        if not self._closed:
+            raise errors.Interrupted(number)
+
+    def close(self) -> None:
+        """From here on a signal waits."""
+        self._closed = True
+
+    def open(self) -> None:
+        """Let signals through again, one that has waited first."""
+        self._closed = False
+        if self._waiting is not None:
+            raise errors.Interrupted(self._waiting)
+
+
 @contextmanager
-def signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[Gate]:
     """SIGTERM and SIGINT raise `Interrupted` where the program stands; a second one ends it at once."""
+    gate = Gate()
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        raise errors.Interrupted(number)
+        gate.arrived(number)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield gate
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

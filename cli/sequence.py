@@ -57,8 +57,8 @@ def inspect(
     sequences = open_runs(runs, key=key, ema=ema, step_pattern=step_pattern)
     facts = [[_facts(checkpoint, with_hash) for checkpoint in sequence] for sequence in sequences]
     if output_format is OutputFormat.JSON:
-        runs = [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]
-        print(dumps({"runs": runs}, indent=2))
+        documents = [_run_document(s, rows) for s, rows in zip(sequences, facts, strict=True)]
+        print(dumps({"runs": documents}, indent=2))
     elif output_format is OutputFormat.CSV:
         columns = ["run", *_COLUMNS, *(["hash"] if with_hash else []), "problem"]
         print_csv(columns, [[row[column] for column in columns] for rows in facts for row in rows])

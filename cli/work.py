@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,11 +173,15 @@ class Shelf:
     Args:
         store: Where new pieces go.
         earlier: Pieces of the report, by key.
+
+    Attributes:
+        before_put: Called right before a piece is written.
     """
 
     def __init__(self, store: PieceStore, earlier: dict[str, Piece]) -> None:
         self._store = store
         self._earlier = earlier
+        self.before_put: Callable[[], None] = lambda: None
 
     def get(self, key: str) -> Piece | None:
         """A finished piece with this key, or None."""
@@ -185,6 +189,7 @@ class Shelf:
 
     def put(self, piece: Piece) -> None:
         """Keep a finished piece."""
+        self.before_put()
         self._store.put(piece)
 
     def partial(self, key: str) -> Any:

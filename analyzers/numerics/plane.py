@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,15 +23,22 @@ class Plane:
     Args:
         tensors: By name, at θ*; those that move get new memory, the others are left alone.
         directions: One or two; a name that one lacks does not move along it.
+        overwritten: Names of tensors that the network writes over, so that each point must write them anew
+            even if no direction moves them.
 
     Raises:
         ValueError: A direction names a tensor that is not there, or has another shape.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], directions: Sequence[Direction]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        directions: Sequence[Direction],
+        overwritten: Collection[str] = (),
+    ) -> None:
         self._two_dimensional = len(directions) == 2
         groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for name in _moving(tensors, directions):
+        for name in _moving(tensors, directions, overwritten):
             groups.setdefault((tensors[name].device, tensors[name].dtype), {})[name] = tensors[name]
         self._parts = [_Flat(group, directions) for group in groups.values()]
 
@@ -97,8 +104,10 @@ def _flatten(values: Mapping[str, Tensor], like: Mapping[str, Tensor], dtype: to
     return flat
 
 
-def _moving(tensors: Mapping[str, Tensor], directions: Sequence[Direction]) -> list[str]:
-    """Names, in the tensors' order, that some direction moves."""
+def _moving(
+    tensors: Mapping[str, Tensor], directions: Sequence[Direction], overwritten: Collection[str]
+) -> list[str]:
+    """Names, in the tensors' order, that some direction moves or the network writes over."""
     for direction in directions:
         for name, step in direction.items():
             if name not in tensors:
@@ -109,5 +118,6 @@ def _moving(tensors: Mapping[str, Tensor], directions: Sequence[Direction]) -> l
     return [
         name
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and any(name in d and bool(d[name].any()) for d in directions)
+        if name in overwritten
+        or (tensor.is_floating_point() and any(name in d and bool(d[name].any()) for d in directions))
     ]

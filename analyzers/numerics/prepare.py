@@ -90,7 +90,8 @@ def prepare_fast(model: nn.Module, data: Data, directions: Sequence[Direction]) 
     notes: list[str] = []
     try:
         data = _in_pieces(model, data)
-        reference = _reference(model, data, directions)
+        forms = forms if _may_gain(model, data) else []
+        reference = _reference(model, data, directions) if forms else []
     except Exception as error:  # for example a device without float64: then there is nothing to compare with
         forms, notes = [], [_because("nothing is rewritten", error)]
     for rewrite, channels_last in forms:
@@ -110,6 +111,14 @@ def prepare_fast(model: nn.Module, data: Data, directions: Sequence[Direction]) 
     return plain
 
 
+def _may_gain(model: nn.Module, data: Data) -> bool:
+    """Whether some rewrite applies; else (most language models) the check would cost copies for nothing."""
+    if any(isinstance(module, (_BatchNorm, nn.ReLU, nn.Conv2d)) for module in model.modules()):
+        return True
+    example = _cut(data[""][0].inputs, 0, 2)
+    return first_layer(model, record(model, example), example) is not None
+
+
 def _because(what: str, error: Exception) -> str:
     return f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
@@ -121,7 +130,7 @@ def _candidate(
     if channels_last:
         for parameter in model.parameters():
             if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
         data = {prefix: [_channels_last(piece) for piece in pieces] for prefix, pieces in data.items()}
     if not rewrite:
         return prepare_plain(model, data, directions)
@@ -137,20 +146,18 @@ def _candidate(
     layer = first_layer(model, calls, example)
     given = None
     tensors: dict[str, Tensor] = {}
-    if layer is not None and _pays(model, layer, data, moved):
+    if layer is not None and _pays(model, layer, data):
         data, tensors, moved = _compute_first_layer(model, layer, data, moved)
         given = Given()
         model.set_submodule(layer, given)
         notes.append("first layer computed once for all points")
     model = functions_in_place(model)
-    return Prepared(model, data, Plane(_tensors(model) | tensors, moved), notes, given)
+    plane = Plane(_tensors(model) | tensors, moved, overwritten=tensors)
+    return Prepared(model, data, plane, notes, given)
 
 
-def _pays(model: nn.Module, layer: str, data: Data, directions: Sequence[Direction]) -> bool:
+def _pays(model: nn.Module, layer: str, data: Data) -> bool:
     sum_length = model.get_parameter(f"{layer}.weight")[0].numel()
-    step = directions[0].get(f"{layer}.weight")
-    if step is None or not bool(step.any()):
-        return False  # what does not move would not be written anew after the network has overwritten it
     with torch.no_grad():
         output = model.get_submodule(layer)(layer_input(model, layer, data[""][0].inputs[:1]))
     n_samples = sum(len(piece.targets) for pieces in data.values() for piece in pieces)
@@ -186,8 +193,8 @@ def _compute_first_layer(
 
 def _like(output: Tensor, inputs: Tensor) -> Tensor:
     """Give the first layer's output the memory format that the layer would have given it."""
-    channels_last = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
-    return output.contiguous(memory_format=torch.channels_last) if channels_last else output
+    channels_last = inputs.dim() == 4 and inputs.stride(1) == 1
+    return output.to(memory_format=torch.channels_last) if channels_last else output
 
 
 def _in_pieces(model: nn.Module, data: Data) -> Data:
@@ -216,7 +223,9 @@ def _cut(inputs: Inputs, start: int, length: int) -> Inputs:
 def _channels_last(piece: Piece) -> Piece:
     inputs = piece.inputs
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        # Not `contiguous`: with one channel that leaves the strides as they are, and the convolution then
+        # returns the other format, in which pooling is ten times slower.
+        inputs = inputs.to(memory_format=torch.channels_last)
     return Piece(inputs, piece.targets)
 
 

@@ -80,10 +80,14 @@ class Surface:
         self.n_samples = sum(len(piece.targets) for piece in data[""])
         model = private_copy(model).to(device=device, dtype=dtype)
         set_eval(model)
-        protect_inputs(model, data[""][0].inputs)
         self._recompute = batchnorm == "recompute" and bool(batchnorm_layers(model))
         prepare = prepare_plain if self._recompute else prepare_fast
-        self._network = prepare(model, data, directions)
+        self._cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(self._cuda):
+            state = torch.get_rng_state()
+            protect_inputs(model, data[""][0].inputs)
+            self._stochastic = bool(self._cuda) or not torch.equal(state, torch.get_rng_state())
+            self._network = prepare(model, data, directions)
         self._centre: dict[str, Tensor] | None = None
 
     @property
@@ -115,10 +119,12 @@ class Surface:
         points: dict[str, list[Tensor]] = {
             f"{prefix}{name}": [] for prefix in network.data for name in self._metrics
         }
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(self._cuda):
             network.plane.start_row(y)
             for x in xs:
                 network.plane.move_to(x)
+                if self._stochastic:  # a network that draws random numbers draws the same at every point
+                    torch.manual_seed(0)
                 if self._recompute:
                     batches = [(piece.inputs, piece.targets) for piece in network.data[""]]
                     self.forwards += recompute_statistics(network.model, batches)

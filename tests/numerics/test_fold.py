@@ -245,3 +245,14 @@ def test_a_sum_is_written_over_its_first_term_only_where_that_is_free_and_fits()
     before = inputs.clone()
     torch.testing.assert_close(functions_in_place(model)(inputs), model(inputs))
     assert torch.equal(inputs, before)
+
+
+def test_one_channel_images_are_in_channels_last_format_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both formats count as contiguous then; only the strides make the convolution return the fast one."""
+    monkeypatch.setattr("dynprobe.analyzers.numerics.prepare.FIRST_LAYER_IN_CACHE", 0)
+    model, inputs = (
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)).eval(),
+        torch.randn(3, 1, 8, 8),
+    )
+    network = prepared(model, random_directions(model, 2, seed=0), inputs)
+    assert network.outputs(network.data[""][0]).stride(1) == 1

@@ -409,6 +409,46 @@ def test_a_model_that_writes_over_its_inputs_sees_the_same_data_at_every_point()
     assert torch.equal(x, before)
 
 
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_a_model_that_draws_random_numbers_draws_the_same_at_every_point_and_from_no_global_state() -> None:
+    model = nn.Sequential(perceptron(), Noisy()).eval()
+    directions = random_directions(model, 2, seed=0)
+    before = torch.get_rng_state()
+    surface = Surface(model, [data()], CROSS_ENTROPY, directions)
+    values = [surface.row(0.5, [0.5])["loss"][0] for _ in range(2)]
+    assert values[0] == values[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Accumulates(nn.Module):
+    """Writes over its first layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(64, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.fc(x)
+        out += 1.0
+        return self.head(out.tanh())
+
+
+def test_a_first_layer_that_does_not_move_is_still_written_anew_at_every_point() -> None:
+    torch.manual_seed(0)
+    model = Accumulates().eval()
+    x, t = data()
+    directions = [{"head.weight": torch.ones(5, 8)}]
+    surface = Surface(model, [(x.flatten(1), t)], CROSS_ENTROPY, directions)
+    assert "first layer computed once for all points" in surface.notes
+    values = [surface.row(0.0, [0.0])["loss"][0] for _ in range(3)]
+    assert values[0] == values[1] == values[2]
+    assert values[0] == pytest.approx(nn.functional.cross_entropy(model(x.flatten(1)), t).item(), rel=1e-6)
+
+
 def test_train_and_test_data_may_be_the_same_object() -> None:
     model = perceptron()
     batch = [data()]
