@@ -336,3 +336,29 @@ def test_paths_come_from_stdin_too(folder):
     out, err = process.communicate("run/step_0.safetensors\nrun/step_5.safetensors\n")
     assert process.returncode == 0, err
     assert out.count("\n") == 3
+
+
+def parts(folder: Path) -> dict[str, int]:
+    """The finished rows of the surface in hand, with when each was written."""
+    found = (folder / "dynprobe-run.h5.pieces").rglob("*.npz")
+    return {str(p): p.stat().st_mtime_ns for p in found if not p.name.startswith(".")}
+
+
+def test_a_surface_killed_for_real_keeps_its_rows_and_ends_as_if_never_killed(folder, capsys):
+    command = ("landscape", "run", "--steps", "last", "--resolution", "81", "--no-figure", "--threads", "1")
+    kept: dict[str, int] = {}
+    for _ in range(2):
+        process = started(*command)
+        wait_until(lambda before=len(kept): len(parts(folder)) >= before + 5)
+        process.kill()
+        process.communicate()
+        now = parts(folder)
+        assert all(now[name] == written for name, written in kept.items()), "a finished row was done again"
+        kept = now
+    assert len(kept) < 81
+    assert dynprobe(capsys, *command)[0] == 0
+    assert dynprobe(capsys, *command, "-o", "whole.h5")[0] == 0
+    killed, whole = (read_report(folder / n)["landscape"] for n in ("dynprobe-run.h5", "whole.h5"))
+    np.testing.assert_array_equal(killed["loss"], whole["loss"])
+    again = killed["forwards"] - whole["forwards"]
+    assert 0 <= again <= 3, "each new start evaluates the centre once more, and nothing else"
