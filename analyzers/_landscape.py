@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from dynprobe.analyzers import Measurement
 from dynprobe.analyzers._planes import Plane
@@ -48,6 +49,22 @@ class Assembly:
         if batchnorm == "recompute":
             self.notes.append("BatchNorm statistics re-estimated on the data at every point")
         self.notes += [note for s in samplers for note in s.surface.notes]
+
+    def note_variances(self, model: nn.Module, plane: Plane, batchnorm: str) -> None:
+        """Says where a path that goes on beyond its ends makes running variances negative, hence NaN."""
+        if batchnorm == "recompute":
+            return
+        x = self.values["x"]
+        bad = np.zeros(len(x), dtype=bool)
+        for name, centre in model.named_buffers():
+            if name.endswith("running_var"):
+                step = plane.directions[0][name].double()
+                bad |= [bool((centre.double() + a * step < 0).any()) for a in x.tolist()]
+        if bad.any():
+            self.notes.append(
+                f"beyond the ends, running variances are negative at {int(bad.sum())} of {len(x)} points: "
+                "the loss there is NaN; batchnorm recompute estimates them from the data"
+            )
 
     def add_refinement(self, refined: Sequence[Refined], tol: float) -> None:
         """The mask of what was evaluated, and what held-out points say about the rest."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.numerics.evaluate import call
 from dynprobe.analyzers.numerics.grid import Refined, refine
 from dynprobe.analyzers.numerics.losses import Loss
@@ -106,13 +107,13 @@ def chosen_metrics(text: str, batches: Any, loss: Loss, model: Any) -> list[str]
     """The metrics named in "loss,accuracy"; for "auto" the loss, and accuracy where targets are classes.
 
     Raises:
-        ValueError: If a name is not known, or the loss is left out.
+        OptionError: If a name is not known.
     """
     if text != "auto":
         names = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in names if name not in ("loss", "accuracy")]
         if unknown or not names:
-            raise ValueError(f"metrics are loss and accuracy, separated by a comma, not {text!r}")
+            raise OptionError(f"metrics {text!r} is not known.", "Give loss, or loss,accuracy.")
         return ["loss", *(["accuracy"] if "accuracy" in names else [])]
     return ["loss", "accuracy"] if _targets_are_classes(batches, loss, model) else ["loss"]
 

@@ -115,6 +115,10 @@ def _reads(options: Mapping[str, Any]) -> Sequence[str]:
     return ["all"] if directions == "pca" else [directions[3:]] if directions.startswith("to:") else []
 
 
+def _skips(options: Mapping[str, Any]) -> Sequence[str]:
+    return [] if options.get("test", False) else ["test_batches"]
+
+
 def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     del n_checkpoints
     is_path = str(options.get("directions", "random")).startswith("to:")
@@ -123,7 +127,8 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     side = int(options.get("convexity_resolution", 11))
     points = side ** (2 if plane else 1) if options.get("convexity", False) else 0
     copies = int(options.get("seeds", 1)) * (2 if options.get("test", False) else 1)
-    return {"forwards": n_x * n_y * copies, "hvps": points * HVPS_PER_POINT}
+    hvps = points * HVPS_PER_POINT + (HVPS_PER_POINT if options.get("directions") == "eigen" else 0)
+    return {"forwards": n_x * n_y * copies, "hvps": hvps}
 
 
 TABLE = (
@@ -140,7 +145,14 @@ TABLE = (
 )
 
 
-@analyzer(returns=RETURNS, figure=Contours(z="loss", x="x", y="y"), reads=_reads, cost=_cost, table=TABLE)
+@analyzer(
+    returns=RETURNS,
+    figure=Contours(z="loss", x="x", y="y"),
+    reads=_reads,
+    cost=_cost,
+    table=TABLE,
+    skips=_skips,
+)
 def landscape(
     model: torch.nn.Module,
     batches: Any,
@@ -221,6 +233,7 @@ def landscape(
         raise OptionError("there are no test data.", "Name them with --test-data, or leave --test out.")
     if not test:
         test_batches = None
+    _check_options(directions, span, seeds=seeds, draw=draw, ignore_1d=ignore_1d)
     loss = as_loss(loss)
     target = directions[3:] if directions.startswith("to:") else None
     kind = resolve_normalize(directions, normalize)
@@ -261,12 +274,29 @@ def landscape(
         if adaptive > 0:
             result.add_refinement(refined, adaptive)
         if target is not None:
+            result.note_variances(model, planes[0], batchnorm)
             far = surface_of(far_end(run, model, target), planes[0])
             result.add_barrier(far, ["", "test_"] if test else [""])
         if convexity:
             rows = _convexity(model, batches, loss, planes[0], side, side_y, partial, meter)
             result.add_convexity(rows, side, side_y, frozen=batchnorm == "frozen", n_planes=n_planes)
     return result.measurement()
+
+
+def _check_options(directions: str, span: float, *, seeds: int, draw: str, ignore_1d: bool) -> None:
+    """No option is accepted and ignored."""
+    if not span > 0:
+        raise OptionError(f"span {span:g} must be positive.", "1 reaches from -1 to 1.")
+    for name, given in (
+        ("seeds", seeds > 1),
+        ("draw checkpoint", draw != "run"),
+        ("no-ignore-1d", not ignore_1d),
+    ):
+        if given and directions != "random":
+            raise OptionError(
+                f"{name} is for random directions; with directions {directions} it would have no effect.",
+                "Leave it out.",
+            )
 
 
 def _resolution(text: str, *, plane: bool) -> tuple[int, int]:

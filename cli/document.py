@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dynprobe.analyzers.core.result import Result
+from dynprobe.analyzers.core.result import INTERNAL, Result
 
 
 def document(result: Result) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def document(result: Result) -> dict[str, Any]:
     return {
         "analyzer": result.analyzer,
         "grain": result.grain,
-        "provenance": {k: v for k, v in result.attributes.items() if k != "index"},
+        "provenance": {k: v for k, v in result.attributes.items() if k not in INTERNAL},
         "coordinates": coordinates,
         "variables": described,
         "pieces": pieces,

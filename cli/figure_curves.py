@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +71,7 @@ def draw_cuts(result: Result, names: Sequence[str], x: str, figure: Figure, *, l
         panel.log_y = log_y and panel.scale == names[0]
     marks = {0.0: "θ*"}
     if (directions := str(fact(result, "directions") or "")).startswith("to:"):
-        marks[1.0] = directions.removeprefix("to:")
+        marks[1.0] = PurePath(directions.removeprefix("to:")).name
     paint_panels(figure, panels, axis, ordered=_ordered_curves(result, names[0], axis), marks=marks)
     return list(dict.fromkeys(_band_note(result, name, None) for name in names))
 

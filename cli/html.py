@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynprobe.analyzers.core.result import FAILED, OK, Array, Result
+from dynprobe.analyzers.core.result import FAILED, INTERNAL, OK, Array, Result
 from dynprobe.cli.figure_panels import step_text
 from dynprobe.cli.style import number
 
@@ -155,7 +155,7 @@ def _cells(result: Result, array: Array, piece: int, *, missing: bool) -> Iterat
 
 
 def _provenance(result: Result) -> str:
-    facts = {k: v for k, v in result.attributes.items() if k != "index"}
+    facts = {k: v for k, v in result.attributes.items() if k not in INTERNAL}
     items = "".join(
         f"<dt>{escape(k.replace('_', ' '))}</dt><dd>{escape(v)}</dd>" for k, v in _flat(facts.items())
     )

@@ -82,9 +82,10 @@ def show(
 
 
 def _print_provenance(result: Result) -> None:
+    from dynprobe.analyzers.core.result import INTERNAL
     from dynprobe.cli.numbers import one_line
 
-    hidden = ("index", "title")
+    hidden = (*INTERNAL, "title")
     for name, value in result.attributes.items():
         if name not in hidden and value not in (None, "", [], {}):
             print(f"  {name.replace('_', ' ')}: {one_line(value)}")

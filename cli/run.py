@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynprobe.analyzers.core.contract import Declaration
-from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, Array, Piece, Result, stack
+from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, Array, Piece, Result, stack, unstack
 from dynprobe.cli import errors
 from dynprobe.cli.progress import Bar
 from dynprobe.cli.setup import command_line
@@ -142,23 +142,34 @@ def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
     if not report.exists() or request.fresh:
         return
     older = read_report(report, only=[plan.declaration.group]).get(plan.declaration.group)
-    if older is None:
+    if older is None or (np.atleast_1d(older["status"]) == FAILED).all():
         return
-    new = identity(request, plan)
-    changed = [k for k in new if older.attributes.get(k) != new[k]]
+    changed = _differences(identity(request, plan), older.attributes)
     if changed:
-        what = "; ".join(f"{k} was {older.attributes.get(k)}, is now {new[k]}" for k in changed)
         raise InputError(
-            f"{report} already holds a {plan.declaration.name} made otherwise ({what}).",
+            f"{report} already holds a {plan.declaration.name} made otherwise: {'; '.join(changed)}.",
             "Give another report with -o, or --fresh to replace those numbers.",
         )
+
+
+def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """`resolution was 5, is now 7` for every entry that differs, tables entry by entry."""
+    found = []
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            found += _differences(dict.fromkeys(before) | dict(value), before)
+        elif before != value:
+            found.append(f"{name} was {before}, is now {value}")
+    return found
 
 
 def identity(request: Request, plan: Plan) -> dict[str, Any]:
     """What must be equal for pieces to stand in one result: options, data, model, version."""
     from dynprobe import __version__
 
-    facts = [dict(p.run.setup.facts(plan.declaration.needs)) for p in plan.prepared]
+    needed = plan.declaration.needed(request.options)
+    facts = [dict(p.run.setup.facts(needed)) for p in plan.prepared]
     shared = facts[0] if all(f == facts[0] for f in facts) else {"of each run": facts}
     return {
         "options": dict(sorted(request.options.items())),
@@ -222,10 +233,7 @@ def _finish(
     declaration = plan.declaration
     attributes = provenance(request, plan)
     result = summarised(declaration, stack(declaration.name, declaration.grain, pieces, attributes))
-    kept = _kept_pieces(request, plan, report, pieces)
-    whole = result
-    if kept:
-        whole = summarised(declaration, stack(declaration.name, declaration.grain, kept, attributes))
+    whole = _with_earlier(request, plan, report, pieces, result)
     write_result(report, whole)
     failed = [p for p in pieces if p.status in (FAILED, INCOMPLETE)]
     written = result_pieces(report, declaration.group)  # another process may have replaced the report since
@@ -282,23 +290,33 @@ def summarised(declaration: Declaration, result: Result) -> Result:
     return Result(result.analyzer, result.grain, arrays, result.attributes)
 
 
-def _kept_pieces(request: Request, plan: Plan, report: Path, pieces: list[Piece]) -> list[Piece]:
-    """This call's pieces among those that the report already holds for other checkpoints, in order."""
-    from dynprobe.io.report import result_pieces
+def _with_earlier(request: Request, plan: Plan, report: Path, pieces: list[Piece], result: Result) -> Result:
+    """This call's result together with what the report already holds for other checkpoints, in order."""
+    from dynprobe.io.report import read_report
 
-    if request.fresh or not report.exists() or plan.declaration.grain not in ("checkpoint", "pair"):
-        return []
+    declaration = plan.declaration
+    if request.fresh or not report.exists() or declaration.grain not in ("checkpoint", "pair"):
+        return result
+    older = read_report(report, only=[declaration.group]).get(declaration.group)
     new = {_label(p) for p in pieces}
-    old = [p for p in result_pieces(report, plan.declaration.group).values() if _label(p) not in new]
+    old = [p for p in unstack(older) if _label(p) not in new] if older else []
+    if older is None or not old or _differences(identity(request, plan), older.attributes):
+        return result
     runs = list(dict.fromkeys([*(p.index.get("run") for p in old), *(p.index.get("run") for p in pieces)]))
-    if not old:
-        return []
 
     def place(piece: Piece) -> tuple[Any, ...]:
         step = piece.index.get("step", piece.index.get("step_a"))
         return runs.index(piece.index.get("run")), step is None, step if isinstance(step, (int, float)) else 0
 
-    return sorted([*old, *pieces], key=place)
+    together = sorted([*old, *pieces], key=place)
+    attributes = dict(result.attributes)
+    attributes["earlier_commands"] = [
+        *older.attributes.get("earlier_commands", []),
+        str(older.attributes.get("command", "")),
+    ]
+    if not request.shard:
+        attributes["planned"] = len(together)
+    return summarised(declaration, stack(declaration.name, declaration.grain, together, attributes))
 
 
 def _label(piece: Piece) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -251,7 +252,14 @@ def make_loss(spec: Spec, *, trust: bool) -> Any:
     from dynprobe.io.code import names_code, resolve_callable
 
     if names_code(spec.name):
-        return as_loss(resolve_callable(spec, trust=trust))
+        function = resolve_callable(spec, trust=trust)
+        name = str(getattr(function, "__name__", spec.name))
+        return as_loss(functools.partial(function, **spec.args) if spec.args else function, name)
+    if spec.args:
+        raise InputError(
+            f"{spec.origin}: the loss {spec.name} takes no arguments, and {sorted(spec.args)} were given.",
+            'Name a function that takes them: name = "torch.nn.functional:cross_entropy".',
+        )
     try:
         return get_loss(spec.name)
     except (ValueError, LookupError) as error:
@@ -264,15 +272,14 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
     whole_run = bool(names & {"checkpoints", "runs"})
     facts: dict[str, Any] = {}
     if specs.model and ("model" in names or whole_run):
-        args = ", ".join(f"{k}={v}" for k, v in sorted(specs.model.args.items()) if k != "config")
-        facts["model"] = f"{_name(specs.model)}({args})"
+        facts["model"] = _described(specs.model)
         facts["dtype"] = request.dtype
     if specs.data and "batches" in names:
         facts["data"] = shared.dataset(specs.data).hash
     if specs.test_data and "test_batches" in names:
         facts["test_data"] = shared.dataset(specs.test_data).hash
     if specs.loss and "loss" in names:
-        facts["loss"] = _name(specs.loss)
+        facts["loss"] = _described(specs.loss)
     if "training" in names:
         facts["training"] = dict(specs.manifest.training)
     if "groups" in names:
@@ -280,9 +287,11 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
     return facts
 
 
-def _name(spec: Spec) -> str:
-    """A name without the folder that a file happens to lie in."""
-    return Path(spec.name).name if "/" in spec.name else spec.name
+def _described(spec: Spec) -> str:
+    """Name and arguments, without the folder that a file happens to lie in."""
+    name = Path(spec.name).name if "/" in spec.name else spec.name
+    args = ", ".join(f"{k}={v}" for k, v in sorted(spec.args.items()) if k != "config")
+    return f"{name}({args})" if args else name
 
 
 def command_line(argv: Sequence[str]) -> str:

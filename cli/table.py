@@ -140,7 +140,17 @@ def _labels(result: Result) -> dict[str, list[Any]]:
         for n in (*result.attributes.get("index", ()), "status")
         if n in result and n.startswith(("run", "checkpoint_run", "step", "path", "status"))
     ]
-    return {n: np.atleast_1d(result[n]).tolist() for n in names if result.arrays[n].dims == dims}
+    return {n: _per_row(result, n) for n in names if result.arrays[n].dims == dims or n == "status"}
+
+
+def _per_row(result: Result, name: str) -> list[Any]:
+    """A label or a piece's status for every row; the checkpoints of a run share the run's."""
+    values: list[Any] = np.atleast_1d(result[name]).tolist()
+    if row_dimension(result) == result.lead or result.arrays[name].dims == (row_dimension(result),):
+        return values
+    runs = np.atleast_1d(result["run"]).tolist() if "run" in result else [""]
+    owners = result["checkpoint_run"].tolist() if "checkpoint_run" in result else []
+    return [values[runs.index(owner) if owner in runs else 0] for owner in owners]
 
 
 def _measured(result: Result) -> dict[str, tuple[Array, Array | None]]:
@@ -239,20 +249,37 @@ def _summary(result: Result) -> list[str]:
     variables = {n: a for n, a in result.variables.items() if rows not in a.dims}
     errors = {a.error for a in variables.values()}
     lines = []
-    for name, array in variables.items():
+    for name in _shown(result, variables):
+        array = variables[name]
         if name in errors:
             continue
-        error = variables.get(array.error)
-        values = array.values.ravel().tolist()
-        spread = error.values.ravel().tolist() if error is not None else [np.nan] * len(values)
-        cells = [_cell(v, e) for v, e in zip(values, spread, strict=True)]
-        if len(array.dims) == 1 and array.dims[0] in result:
-            dim = array.dims[0]
-            labels = [f"{dim.removeprefix('summary_')} {number(x)}" for x in result[dim].tolist()]
-            cells = [f"{cell} ({label})" for label, cell in zip(labels, cells, strict=True)]
-        shown = ", ".join(cells) if len(cells) <= MAX_ENTRIES else _cell(array.values, np.nan)
-        lines.append(f"{name}: {shown}" + (f" {array.units}" if array.units not in ("", "1") else ""))
+        if array.dims[:1] == ("run",):
+            lines += [
+                line
+                for i, run in enumerate(np.atleast_1d(result["run"]).tolist())
+                for line in _summary_lines(f"{name} of {run}", result, variables, name, i)
+            ]
+            continue
+        lines += _summary_lines(name, result, variables, name, None)
     return lines
+
+
+def _summary_lines(
+    head: str, result: Result, variables: Mapping[str, Array], name: str, piece: int | None
+) -> list[str]:
+    """The line of one run-level variable, or of one run's part of it."""
+    array = variables[name]
+    error = variables.get(array.error)
+    values, dims = (array.values, array.dims) if piece is None else (array.values[piece], array.dims[1:])
+    spread = np.full(values.shape, np.nan)
+    if error is not None:
+        spread = error.values if piece is None else error.values[piece]
+    cells = [_cell(v, e) for v, e in zip(values.ravel().tolist(), spread.ravel().tolist(), strict=True)]
+    if len(dims) == 1 and dims[0] in result:
+        labels = [f"{dims[0].removeprefix('summary_')} {number(x)}" for x in result[dims[0]].tolist()]
+        cells = [f"{cell} ({label})" for label, cell in zip(labels, cells, strict=True)]
+    shown = ", ".join(cells) if len(cells) <= MAX_ENTRIES else _cell(values, np.nan)
+    return [f"{head}: {shown}" + (f" {array.units}" if array.units not in ("", "1") else "")]
 
 
 def _printable(text: str) -> str:

@@ -59,7 +59,7 @@ def make_plan(request: Request) -> Plan:
     prepared = prepare(request)
     units = _units(declaration, prepared, request.pairs)
     mine = _shard(request.shard, len(units))
-    _check_inputs(declaration, prepared)
+    _check_inputs(declaration, prepared, declaration.needed(request.options))
     _check_fit(declaration, units)
     return Plan(declaration, Job(declaration, request.options, fresh=request.fresh), prepared, units, mine)
 
@@ -115,7 +115,7 @@ def _shard(text: str | None, total: int) -> list[int]:
     return list(range(int(index), total, int(count)))
 
 
-def _check_inputs(declaration: Declaration, prepared: list[PreparedRun]) -> None:
+def _check_inputs(declaration: Declaration, prepared: list[PreparedRun], needed: tuple[str, ...]) -> None:
     """Build model, data and loss once per run now: what the user has to mend is said before any compute."""
     whole_run = declaration.grain in ("run", "group")
     kinds = {"model": "model", "data": "batches", "loss": "loss"}
@@ -124,7 +124,7 @@ def _check_inputs(declaration: Declaration, prepared: list[PreparedRun]) -> None
         setup = each.run.setup
         if declaration.wants("batches"):
             _ = setup.batches
-        if declaration.wants("test_batches"):
+        if "test_batches" in needed:
             _ = setup.test_batches
         if declaration.wants("loss"):
             _ = setup.loss
@@ -153,7 +153,7 @@ def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
 
     checkpoint, setup = workspace.checkpoint, workspace.run.setup
     if checkpoint.problem:
-        return InputError(f"{checkpoint.path}: {checkpoint.problem}")
+        return InputError(f"{checkpoint.path}: {checkpoint.problem.removeprefix(f'{checkpoint.path}: ')}")
     try:
         header = checkpoint.header()
         if declaration.wants("model"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dynprobe.analyzers.core.result import Array, Piece, Result, unstack
+from dynprobe.analyzers.core.result import INTERNAL, Array, Piece, Result, unstack
 
 
 @dataclass
@@ -79,7 +79,7 @@ def _run_level(result: Result) -> dict[str, Array]:
 
 
 def _provenance(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    names = [n for n in dict.fromkeys([*a, *b]) if n != "index"]
+    names = [n for n in dict.fromkeys([*a, *b]) if n not in INTERNAL]
     return {n: (a.get(n), b.get(n)) for n in names if a.get(n) != b.get(n)}
 
 

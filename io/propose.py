@@ -158,7 +158,9 @@ def _data(root: Path, candidates: list[tuple[str, dict[str, Any]]]) -> str:
         for path in sorted(place.iterdir())
         if path.suffix in READERS and path.suffix not in (".pt", ".pth", ".safetensors") and path.is_file()
     ]
-    files = [path for path in files if not (path.suffix == ".csv" and "log" in path.stem)]
+    files = [
+        path for path in files if not (path.suffix == ".csv" and "log" in path.stem) and not _report(path)
+    ]
     prefix = {folder: "", folder.absolute().parent: "../"}
     sources = [f"{prefix[path.parent]}{path.name}" for path in files]
     if candidates and candidates[0][1].get("inputs") == 64:
@@ -168,6 +170,16 @@ def _data(root: Path, candidates: list[tuple[str, dict[str, Any]]]) -> str:
     lines += [f'# [data]\n# source = "{source}"\n# args = {{ split = "train" }}']
     lines += [f'# [test_data]\n# source = "{source}"\n# args = {{ split = "test" }}']
     return "\n".join(lines) + "\n"
+
+
+def _report(path: Path) -> bool:
+    """Whether a file is one of our own reports."""
+    import h5py
+
+    if path.suffix not in (".h5", ".hdf5") or not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, locking=False) as file:
+        return "dynprobe_layout" in file.attrs
 
 
 def _loss(config: dict[str, Any] | None, candidates: list[tuple[str, dict[str, Any]]]) -> str:

@@ -84,5 +84,5 @@ def _unsealed(path: Path, content: bytes, sealed: bool) -> bytes:
 
 
 def _damaged(path: Path, error: Exception) -> DamagedReport:
-    detail = str(error).strip("'\"") or type(error).__name__
-    return DamagedReport(f"{path}: is damaged or is not an HDF5 file: {detail}")
+    del error  # what libhdf5 says means nothing to a user; it stays the cause
+    return DamagedReport(f"{path}: is not an HDF5 file, or is damaged.")

@@ -142,6 +142,7 @@ class Declaration:
         cost: `cost(options, n_checkpoints) -> {"forwards": …}` per piece, for `--dry-run`.
         reads: `reads(options)`, the other checkpoints a measurement depends on.
         table: Variables the table on the screen shows; empty for all.
+        skips: `skips(options)`, the needs that these options make superfluous.
     """
 
     name: str
@@ -158,6 +159,12 @@ class Declaration:
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
     table: tuple[str, ...] = ()
+    skips: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+
+    def needed(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the function needs under these options; anything else it is given as None."""
+        skipped = self.skips(options) if self.skips else ()
+        return tuple(need for need in self.needs if need not in skipped)
 
     @property
     def group(self) -> str:
@@ -206,6 +213,7 @@ def analyzer(
     cost: Callable[[Mapping[str, Any], int], Mapping[str, int]] | None = None,
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
     table: Sequence[str] = (),
+    skips: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
 ) -> Callable[[Function], Function]:
     """Declare a plain function to be an analyzer; it stays the plain function.
 
@@ -220,6 +228,8 @@ def analyzer(
             `run.state` takes it (`"all"`, `"last"`, a step, a path); part of the key for resuming.
         table: Names of the variables that the table on the screen shows, in order; all by default. The
             report, JSON and CSV always hold everything.
+        skips: Names of leading parameters that are not needed under these options: they are not made, are
+            no part of the key for resuming, and the function gets None.
 
     Raises:
         DeclarationError: At import, if the declaration cannot be followed.
@@ -236,6 +246,7 @@ def analyzer(
             cost=cost,
             reads=reads,
             table=tuple(table),
+            skips=skips,
         )
         setattr(function, MARKER, declaration)
         return function

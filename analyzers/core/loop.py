@@ -165,7 +165,7 @@ def piece_key(job: Job, unit: Unit) -> str:
         for run in runs:
             names: list[int | str] = list(range(len(run))) if which == "all" else [which]
             hashes += [run.resolve(name).load().hash for name in names]
-    facts = [dict(run.setup.facts(job.declaration.needs)) for run in runs]
+    facts = [dict(run.setup.facts(job.declaration.needed(job.options))) for run in runs]
     payload = [job.declaration.name, dict(job.options), _code(job.declaration), facts, hashes]
     return hashlib.blake2b(
         json.dumps(payload, sort_keys=True, default=str).encode(), digest_size=16
@@ -229,6 +229,8 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
     notes: list[str] = []
 
     def failed(reason: str, key: str = "") -> tuple[Piece, bool]:
+        for workspace in unit.workspaces[:1]:
+            reason = reason.removeprefix(f"{workspace.path}: ")  # the piece is labelled with it already
         return Piece(
             key,
             unit.index,
@@ -334,7 +336,11 @@ def _arguments(job: Job, unit: Unit, store: Store, key: str, previous: Measureme
         "runs": lambda: unit.runs,
     }
 
+    needed = job.declaration.needed(job.options)
+
     def value(need: str) -> Any:
+        if need not in needed:
+            return None
         if need in shared:
             return cast("Any", shared[need])()
         workspace, name = first, need

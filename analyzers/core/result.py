@@ -153,6 +153,9 @@ class Result:
         return replace(self, arrays=arrays)
 
 
+INTERNAL = frozenset({"index", "table"})
+"""Attributes that say how to read and print a result, not where it comes from."""
+
 BOOKKEEPING = frozenset({"status", "reason", "seconds", "key", "notes"})
 
 

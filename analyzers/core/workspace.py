@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dynprobe.analyzers.core.contract import OptionError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -127,7 +129,7 @@ class Run:
         """The checkpoint that a position (int) or a word names: `first`, `last`, a step, a path.
 
         Raises:
-            LookupError: If it names none; the message lists the run's steps.
+            OptionError: If it names none; the tip lists the run's steps.
         """
         if isinstance(which, int):
             return self.checkpoints[which]
@@ -139,8 +141,8 @@ class Run:
         if Path(which).exists():
             return self.setup.open_other(which)
         steps = ", ".join(str(s) for s in self.steps)
-        raise LookupError(
-            f"{which!r} is no checkpoint of {self.name}: give first, last, a path, or a step of {steps}"
+        raise OptionError(
+            f"{which!r} is no checkpoint of {self.name}.", f"Give first, last, a file, or a step: {steps}."
         )
 
     def state(self, which: int | str) -> State:

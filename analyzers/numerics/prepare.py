@@ -139,8 +139,8 @@ def _candidate(
     calls = record(model, example)
     n_before = _count_batchnorm(model)
     moved = fold_batchnorm(model, calls, directions)
-    if n_before:
-        n_folded = n_before - _count_batchnorm(model)
+    n_folded = n_before - _count_batchnorm(model)
+    if n_folded:
         notes.append(f"{n_folded} of {n_before} BatchNorm layers folded into the layer before")
     relu_modules_in_place(model, calls)
     layer = first_layer(model, calls, example)
