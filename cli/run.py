@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import platform
-import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +14,13 @@ from dynprobe.analyzers.core.contract import Declaration
 from dynprobe.analyzers.core.result import FAILED, INCOMPLETE, Array, Piece, Result, stack, unstack
 from dynprobe.cli import errors
 from dynprobe.cli.progress import Bar
-from dynprobe.cli.setup import command_line
+from dynprobe.cli.provenance import differences, joined_facts, provenance
+from dynprobe.cli.signals import Gate, signals_raise, signals_wait
 from dynprobe.cli.threads import set_threads
 from dynprobe.cli.work import Plan, Shelf, make_plan
 from dynprobe.io.errors import InputError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from dynprobe.cli.request import Request
 
 
@@ -144,73 +138,12 @@ def _check_outputs(request: Request, plan: Plan, report: Path) -> None:
     older = read_report(report, only=[plan.declaration.group]).get(plan.declaration.group)
     if older is None or (np.atleast_1d(older["status"]) == FAILED).all():
         return
-    changed = _differences(identity(request, plan), older.attributes)
+    changed = differences(request, plan, older)
     if changed:
         raise InputError(
             f"{report} already holds a {plan.declaration.name} made otherwise: {'; '.join(changed)}.",
             "Give another report with -o, or --fresh to replace those numbers.",
         )
-
-
-def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """`resolution was 5, is now 7` for every entry that differs, tables entry by entry."""
-    found = []
-    for name, value in new.items():
-        before = old.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            found += _differences(dict.fromkeys(before) | dict(value), before)
-        elif before != value:
-            found.append(f"{name} was {before}, is now {value}")
-    return found
-
-
-def identity(request: Request, plan: Plan) -> dict[str, Any]:
-    """What must be equal for pieces to stand in one result: options, data, model, version."""
-    from dynprobe import __version__
-
-    needed = plan.declaration.needed(request.options)
-    facts = [dict(p.run.setup.facts(needed)) for p in plan.prepared]
-    shared = facts[0] if all(f == facts[0] for f in facts) else {"of each run": facts}
-    return {
-        "options": dict(sorted(request.options.items())),
-        "measured_on": shared,
-        "dynprobe_version": __version__,
-    }
-
-
-def provenance(request: Request, plan: Plan) -> dict[str, Any]:
-    """Everything a reader needs to repeat the call, nothing that names a machine or a person."""
-    import torch
-
-    attributes = identity(request, plan) | {
-        "title": plan.declaration.line,
-        "command": command_line(sys.argv[1:]),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch_version": torch.__version__,
-        "numpy_version": np.__version__,
-        "python_version": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": request.device,
-        "dtype": request.dtype,
-        "seed": request.seed,
-        "batch_size": request.batch_size,
-        "threads": torch.get_num_threads(),
-        "mode": "eval (dropout off, BatchNorm statistics frozen) unless an option above says otherwise",
-        "planned": len(plan.units),
-        "table": list(plan.declaration.table),
-    }
-    if request.shard:
-        attributes["shard"] = request.shard
-    dataset = plan.prepared[0].dataset
-    if dataset is not None and plan.declaration.wants("batches"):
-        attributes |= {
-            "data": dataset.source,
-            "n_samples": dataset.n_samples,
-            "n_samples_of": dataset.n_total,
-        }
-        if not dataset.targets.is_floating_point() and dataset.targets.ndim == 1:
-            attributes["n_classes"] = int(dataset.targets.max()) + 1
-    return attributes
 
 
 def _finish(
@@ -300,7 +233,7 @@ def _with_earlier(request: Request, plan: Plan, report: Path, pieces: list[Piece
     older = read_report(report, only=[declaration.group]).get(declaration.group)
     new = {_label(p) for p in pieces}
     old = [p for p in unstack(older) if _label(p) not in new] if older else []
-    if older is None or not old or _differences(identity(request, plan), older.attributes):
+    if older is None or not old or differences(request, plan, older):
         return result
     runs = list(dict.fromkeys([*(p.index.get("run") for p in old), *(p.index.get("run") for p in pieces)]))
 
@@ -314,6 +247,7 @@ def _with_earlier(request: Request, plan: Plan, report: Path, pieces: list[Piece
         *older.attributes.get("earlier_commands", []),
         str(older.attributes.get("command", "")),
     ]
+    attributes["measured_on"] = joined_facts(result, older)
     if not request.shard:
         attributes["planned"] = len(together)
     return summarised(declaration, stack(declaration.name, declaration.grain, together, attributes))
@@ -322,66 +256,3 @@ def _with_earlier(request: Request, plan: Plan, report: Path, pieces: list[Piece
 def _label(piece: Piece) -> str:
     paths = [str(v) for k, v in piece.index.items() if k.startswith("path")]
     return " | ".join(paths) or str(piece.index.get("run", piece.index.get("runs", "")))
-
-
-class Gate:
-    """Holds a signal back from the moment a piece is written until it is counted as finished."""
-
-    def __init__(self) -> None:
-        self._closed = False
-        self._waiting: int | None = None
-
-    def arrived(self, number: int) -> None:
-        """A signal is here: raise `Interrupted` now, or when the gate opens."""
-        self._waiting = number
-        if not self._closed:
-            raise errors.Interrupted(number)
-
-    def close(self) -> None:
-        """From here on a signal waits."""
-        self._closed = True
-
-    def open(self) -> None:
-        """Let signals through again, one that has waited first."""
-        self._closed = False
-        if self._waiting is not None:
-            raise errors.Interrupted(self._waiting)
-
-
-@contextmanager
-def signals_raise() -> Iterator[Gate]:
-    """SIGTERM and SIGINT raise `Interrupted` where the program stands; a second one ends it at once."""
-    gate = Gate()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-        gate.arrived(number)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield gate
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def signals_wait(patience: float = 30.0) -> Iterator[None]:
-    """While results are written, one signal waits until they are; after `patience` seconds it acts."""
-    start = time.monotonic()
-    arrived: list[int] = []
-
-    def later(number: int, frame: FrameType | None) -> None:
-        del frame
-        if arrived or time.monotonic() - start > patience:
-            raise errors.Interrupted(number)
-        arrived.append(number)
-
-    before = {s: signal.signal(s, later) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
