@@ -43,6 +43,18 @@ class Plane:
     problem: str = ""
 
 
+def target_of(directions: str) -> str | None:
+    """Which checkpoint a path leads to; None for planes.
+
+    Raises:
+        OptionError: If the directions are not known.
+    """
+    kind, colon, target = directions.partition(":")
+    if (kind == "to" and target) or (not colon and kind in ("random", "pca", "eigen")):
+        return target or None
+    raise OptionError(f"directions {directions!r} is not known.", "Give random, pca, eigen or to:CHECKPOINT.")
+
+
 def resolve_normalize(directions: str, normalize: Normalize) -> Normalization:
     """Filter normalisation for random directions; the others already have a length that means something.
 
@@ -143,20 +155,36 @@ def trajectory_axes(
     n_components: int,
     center: Literal["last", "mean"] = "last",
 ) -> tuple[TrajectoryPCA, list[Direction]]:
-    """PCA of the rows θ_i − θ_n, streamed; the random-walk null uses the steps where all are known."""
+    """PCA of the rows θ_i − θ_n, streamed; the random-walk null uses the steps where all are known.
+
+    Raises:
+        OptionError: If the checkpoints have no axes: one is not finite, or all are the same point.
+    """
     last = {name: tensor.detach().clone() for name, tensor in load(len(steps) - 1).items() if name in names}
     gram = trajectory_gram(load, len(steps), last, names)
     times = [float(s) for s in steps if s is not None]
     known = len(times) == len(steps) and all(a < b for a, b in itertools.pairwise(times))
-    pca = principal_axes(gram, n_components, steps=times if known else None, center=center)
+    try:
+        pca = principal_axes(gram, n_components, steps=times if known else None, center=center)
+    except ValueError as error:
+        raise OptionError(str(error), "See `dynprobe check`.") from error
     return pca, axis_directions(load, pca, last, names)
 
 
 def path_to(run: Any, model: nn.Module, target: str) -> Plane:
-    """The straight path to another checkpoint, θ' − θ, running statistics included; not normalised."""
+    """The straight path to another checkpoint, θ' − θ, running statistics included; not normalised.
+
+    Raises:
+        OptionError: If there is no run to find it in, or its weights are not finite.
+    """
     if run is None:
         raise OptionError(f"directions to:{target} need a run to find it in.", "Pass `run`.")
     state = run.state(target)
+    if bad := [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]:
+        raise OptionError(
+            f"directions to:{target} lead nowhere: {bad[0]!r} there holds NaN or infinity.",
+            "Name another checkpoint; see `dynprobe check`.",
+        )
     own = {**weight_parameters(model), **dict(model.named_buffers())}
     direction = {
         name: (state[name].double().to(tensor.device) - tensor.double()).to(tensor)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
@@ -103,33 +104,50 @@ class Sampler:
         return found
 
 
-def chosen_metrics(text: str, batches: Any, loss: Loss, model: Any) -> list[str]:
-    """The metrics named in "loss,accuracy"; for "auto" the loss, and accuracy where targets are classes.
+def check_seed(seed: int) -> None:
+    """Raises before any compute where a seed is none that all generators take.
+
+    Raises:
+        OptionError: If it is negative or too large.
+    """
+    if not 0 <= seed < 2**62:
+        raise OptionError(f"seed {seed} is out of range.", "Give a whole number from 0 to 2^62 - 1.")
+
+
+def named_metrics(text: str) -> list[str]:
+    """The metrics named in "loss,accuracy", the loss always; none for "auto".
 
     Raises:
         OptionError: If a name is not known.
     """
-    if text != "auto":
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in ("loss", "accuracy")]
-        if unknown or not names:
-            raise OptionError(f"metrics {text!r} is not known.", "Give loss, or loss,accuracy.")
-        return ["loss", *(["accuracy"] if "accuracy" in names else [])]
-    return ["loss", "accuracy"] if _targets_are_classes(batches, loss, model) else ["loss"]
+    if text == "auto":
+        return []
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= {"loss", "accuracy"}:
+        raise OptionError(f"metrics {text!r} is not known.", "Give loss, or loss,accuracy.")
+    return ["loss", "accuracy"] if "accuracy" in names else ["loss"]
 
 
-def _targets_are_classes(batches: Any, loss: Loss, model: Any) -> bool:
-    import torch
+def chosen_metrics(text: str, batches: Any, loss: Loss, model: Any) -> list[str]:
+    """As `named_metrics`; for "auto" the loss, and accuracy where targets are classes.
 
+    Raises:
+        OptionError: If a name is not known, or accuracy is asked for where it means nothing.
+    """
+    names = named_metrics(text)
+    if names == ["loss"]:
+        return names
     inputs, targets = next(iter(batches))
-    if targets.is_floating_point() and loss.name != "bce_with_logits":
-        return False
+    if not names and targets.is_floating_point() and loss.name != "bce_with_logits":
+        return ["loss"]
     try:
         with torch.inference_mode():
             loss.accuracy(call(model, inputs), targets)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        if names:
+            raise OptionError(f"metrics {text} cannot be followed: {error}.", "Give loss.") from error
+        return ["loss"]
+    return ["loss", "accuracy"]
 
 
 def stacked(tables: Sequence[Table], squeeze: bool) -> Table:

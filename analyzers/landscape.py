@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,18 @@ from dynprobe.analyzers._planes import (
     pca_plane,
     random_plane,
     resolve_normalize,
+    target_of,
 )
-from dynprobe.analyzers._sampling import Floats, Meter, Sampler, Table, chosen_metrics, stacked
+from dynprobe.analyzers._sampling import (
+    Floats,
+    Meter,
+    Sampler,
+    Table,
+    check_seed,
+    chosen_metrics,
+    named_metrics,
+    stacked,
+)
 from dynprobe.analyzers.numerics.convexity import convexity_row
 from dynprobe.analyzers.numerics.grid import interpolation_axis, symmetric_axis
 from dynprobe.analyzers.numerics.losses import Loss, as_loss
@@ -31,6 +42,8 @@ from dynprobe.analyzers.numerics.surface import BatchNorm, Surface
 
 HVPS_PER_POINT = 12
 """Typical Hessian-vector products for both ends of the spectrum to 1 %, for the cost estimate."""
+CONVEXITY_RESOLUTION = 11
+"""Grid points per axis of the convexity map where none are given."""
 
 
 def _metric(name: str, what: str, of: str) -> dict[str, Var]:
@@ -112,7 +125,8 @@ RETURNS = {
 
 def _reads(options: Mapping[str, Any]) -> Sequence[str]:
     directions = str(options.get("directions", "random"))
-    return ["all"] if directions == "pca" else [directions[3:]] if directions.startswith("to:") else []
+    target = target_of(directions)
+    return ["all"] if directions == "pca" else [target] if target else []
 
 
 def _skips(options: Mapping[str, Any]) -> Sequence[str]:
@@ -121,10 +135,10 @@ def _skips(options: Mapping[str, Any]) -> Sequence[str]:
 
 def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     del n_checkpoints
-    is_path = str(options.get("directions", "random")).startswith("to:")
+    is_path = target_of(str(options.get("directions", "random"))) is not None
     plane = options.get("dims", 2) == 2 and not is_path
     n_x, n_y = _resolution(str(options.get("resolution", "51")), plane=plane)
-    side = int(options.get("convexity_resolution", 11))
+    side = int(options.get("convexity_resolution", 0)) or CONVEXITY_RESOLUTION
     points = side ** (2 if plane else 1) if options.get("convexity", False) else 0
     copies = int(options.get("seeds", 1)) * (2 if options.get("test", False) else 1)
     hvps = points * HVPS_PER_POINT + (HVPS_PER_POINT if options.get("directions") == "eigen" else 0)
@@ -175,7 +189,7 @@ def landscape(
     batchnorm: BatchNorm = "frozen",
     test: bool = False,
     convexity: bool = False,
-    convexity_resolution: Annotated[int, Range(min=3)] = 11,
+    convexity_resolution: Annotated[int, Range(min=0)] = 0,
     adaptive: Annotated[float, Range(min=0)] = 0.0,
     seed: int = 0,
 ) -> Measurement:
@@ -214,7 +228,7 @@ def landscape(
             estimates them anew from the data at every point.
         test: Evaluate the test data beside the training data.
         convexity: Map |λmin/λmax| of the full Hessian by Lanczos, and the curvature of the slice itself.
-        convexity_resolution: Grid points per axis of that map, odd.
+        convexity_resolution: Grid points per axis of that map, odd; 0 takes 11.
         adaptive: Evaluate coarse to fine and interpolate where this relative error allows; 0 evaluates all.
         seed: First seed of the random directions, and of the points held out by adaptive.
 
@@ -233,16 +247,17 @@ def landscape(
         raise OptionError("there are no test data.", "Name them with --test-data, or leave --test out.")
     if not test:
         test_batches = None
-    _check_options(directions, span, seeds=seeds, draw=draw, ignore_1d=ignore_1d)
-    loss = as_loss(loss)
-    target = directions[3:] if directions.startswith("to:") else None
+    _check_numbers(span, adaptive, seed)
+    target = target_of(directions)
+    _check_effect(directions, seeds > 1, draw, ignore_1d, bool(convexity_resolution) and not convexity)
+    named_metrics(metrics)
     kind = resolve_normalize(directions, normalize)
     line = dims == 1 or target is not None
-    x, y = _axes(resolution, span, line=line, path=target is not None)
+    x, y = _axes("resolution", resolution, span, line=line, path=target is not None)
+    side_points = str(convexity_resolution or CONVEXITY_RESOLUTION) if convexity else resolution
+    side, side_y = _axes("convexity-resolution", side_points, span, line=line, path=target is not None)
     n_planes = seeds if directions == "random" else 1
-    side = symmetric_axis(convexity_resolution, span) if convexity and target is None else x
-    side = interpolation_axis(convexity_resolution, span) if convexity and target is not None else side
-    side_y = np.zeros(1) if line else side
+    loss = as_loss(loss)
     meter = Meter(progress, n_planes * len(x) * len(y) + (len(side) * len(side_y) if convexity else 0))
     first_seed = checkpoint_seed(seed, step) if draw == "checkpoint" else seed
 
@@ -283,15 +298,19 @@ def landscape(
     return result.measurement()
 
 
-def _check_options(directions: str, span: float, *, seeds: int, draw: str, ignore_1d: bool) -> None:
+def _check_numbers(span: float, adaptive: float, seed: int) -> None:
+    check_seed(seed)
+    if not 0 < span < math.inf:
+        raise OptionError(f"span {span:g} must be positive and finite.", "1 reaches from -1 to 1.")
+    if not 0 <= adaptive < math.inf:
+        raise OptionError(f"adaptive {adaptive:g} is no relative error.", "0.02 allows two percent.")
+
+
+def _check_effect(directions: str, many: bool, draw: str, ignore_1d: bool, idle_resolution: bool) -> None:
     """No option is accepted and ignored."""
-    if not span > 0:
-        raise OptionError(f"span {span:g} must be positive.", "1 reaches from -1 to 1.")
-    for name, given in (
-        ("seeds", seeds > 1),
-        ("draw checkpoint", draw != "run"),
-        ("no-ignore-1d", not ignore_1d),
-    ):
+    if idle_resolution:
+        raise OptionError("convexity-resolution is for the convexity map.", "Add --convexity.")
+    for name, given in (("seeds", many), ("draw checkpoint", draw != "run"), ("no-ignore-1d", not ignore_1d)):
         if given and directions != "random":
             raise OptionError(
                 f"{name} is for random directions; with directions {directions} it would have no effect.",
@@ -302,7 +321,7 @@ def _check_options(directions: str, span: float, *, seeds: int, draw: str, ignor
 def _resolution(text: str, *, plane: bool) -> tuple[int, int]:
     """`51` or `51x31` as (points along x, points along y); one along y on a line."""
     parts = str(text).lower().split("x")
-    if not all(part.strip().isdigit() for part in parts) or len(parts) > 2:
+    if not all(part.strip().isdecimal() for part in parts) or len(parts) > 2:
         raise OptionError(
             f"resolution {text!r} is not a number of points.", "Give one, as 51, or two, as 51x31."
         )
@@ -311,14 +330,14 @@ def _resolution(text: str, *, plane: bool) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1]) if plane else 1
 
 
-def _axes(resolution: str, span: float, *, line: bool, path: bool) -> tuple[Floats, Floats]:
-    n_x, n_y = _resolution(resolution, plane=not line)
+def _axes(option: str, points: str, span: float, *, line: bool, path: bool) -> tuple[Floats, Floats]:
+    n_x, n_y = _resolution(points, plane=not line)
     try:
         if path:
             return interpolation_axis(n_x, span), np.zeros(1)
         return symmetric_axis(n_x, span), np.zeros(1) if line else symmetric_axis(n_y, span)
     except ValueError as error:
-        raise OptionError(f"resolution {resolution}: {error}") from error
+        raise OptionError(f"{option} {points}, span {span:g}: {error}") from error
 
 
 def _planes(
@@ -341,9 +360,7 @@ def _planes(
         return [eigen_plane(model, batches, loss, dims, kind=kind, seed=seed)]
     if directions == "pca":
         return [pca_plane(run, model, dims, kind=kind)]
-    if directions.startswith("to:"):
-        return [path_to(run, model, directions[3:])]
-    raise OptionError(f"directions {directions!r} is not known.", "Give random, pca, eigen or to:CHECKPOINT.")
+    return [path_to(run, model, directions.removeprefix("to:"))]
 
 
 def _convexity(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._planes import random_plane, trajectory_axes
-from dynprobe.analyzers._sampling import Floats, Meter, Sampler, chosen_metrics
+from dynprobe.analyzers._sampling import Floats, Meter, Sampler, check_seed, chosen_metrics
 from dynprobe.analyzers._trajectory_figure import draw_trajectory
 from dynprobe.analyzers.numerics.batchnorm import batchnorm_layers
 from dynprobe.analyzers.numerics.directions import Direction, Normalization
@@ -95,7 +95,7 @@ def trajectory(
     same steps, which already puts most of its length into two axes.
 
     Cost: two forward passes over the data per checkpoint and one per grid point; every checkpoint is read
-    four times, a few at a time.
+    four times, one at a time, and once more for each 256 MiB that all of them together take beyond the first.
 
     Args:
         checkpoints: Of one run, in order; each with `step` and `model`.
@@ -118,7 +118,7 @@ def trajectory(
         Coordinates, distances and losses of every checkpoint, and the surface that holds the whole path.
 
     Raises:
-        OptionError: If there are fewer than two distinct checkpoints.
+        OptionError: If there are fewer than two distinct checkpoints, or an option would have no effect.
 
     References:
         Li, Xu, Taylor, Studer and Goldstein, "Visualizing the Loss Landscape of Neural Nets", NeurIPS
@@ -126,6 +126,7 @@ def trajectory(
         Antognini and Sohl-Dickstein, "PCA of high dimensional random walks with comparison to neural network
         training", NeurIPS 2018.
     """
+    _check_options(plane, components, center, normalize, ignore_1d, grid, seed)
     if len(checkpoints) < 2:
         raise OptionError(
             "a trajectory needs at least two checkpoints.", "Give the whole run, or more --steps."
@@ -169,6 +170,25 @@ def trajectory(
     return Measurement(values, spent={"forwards": forwards}, notes=notes)
 
 
+def _check_options(
+    plane: str, components: int, center: str, normalize: str, ignore_1d: bool, grid: int, seed: int
+) -> None:
+    """No option is accepted and ignored, and none fails after the compute."""
+    check_seed(seed)
+    if grid in (1, 2):
+        raise OptionError(f"grid {grid} cannot hold a path.", "Give 3 or more points, or 0 for none.")
+    for name, given, needed in (
+        ("components", components != 2, "pca"),
+        ("center mean", center != "last", "pca"),
+        (f"normalize {normalize}", normalize != "filter", "landscape"),
+        ("no-ignore-1d", not ignore_1d, "landscape"),
+    ):
+        if given and plane != needed:
+            raise OptionError(
+                f"{name} is for plane {needed}; with plane {plane} it would have no effect.", "Leave it out."
+            )
+
+
 class _Found:
     """The directions of the plane and what is known of them."""
 
@@ -192,10 +212,7 @@ def _plane(
         return _Found(found.directions, values, [])
     names = list(weight_parameters(checkpoints[-1].model))
     steps = [checkpoint.step for checkpoint in checkpoints]
-    try:
-        pca, axes = trajectory_axes(lambda i: _weights(checkpoints[i]), steps, names, components, center)
-    except ValueError as error:
-        raise OptionError(str(error)) from error
+    pca, axes = trajectory_axes(lambda i: _weights(checkpoints[i]), steps, names, components, center)
     notes = [] if len(axes) > 1 else ["the path is a straight line: one axis holds all of it"]
     count = len(axes)
     values = {

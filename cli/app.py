@@ -132,13 +132,16 @@ _mount()
 def main() -> None:
     """Entry point of the `dynprobe` command."""
     from dynprobe.analyzers.core.contract import DeclarationError, OptionError
+    from dynprobe.analyzers.core.registry import UnknownAnalyzer
     from dynprobe.io.errors import InputError
 
     try:
         app(prog_name="dynprobe")
-    except (InputError, LookupError, DeclarationError, OptionError) as error:
+    except (InputError, UnknownAnalyzer, DeclarationError, OptionError) as error:
         if "-v" in sys.argv or "--verbose" in sys.argv:
             raise
         sys.exit(errors.report_error(error))
     except errors.Interrupted as stopped:
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

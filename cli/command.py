@@ -55,9 +55,12 @@ def command(declaration: Declaration, analyzer: str = "") -> Callable[..., None]
     for each in shared:
         meta = each.metadata
         default = each.default_factory() if callable(each.default_factory) else each.default
+        if each.name == "seed":
+            default = next((o.default for o in declaration.options if o.name == "seed"), default)
         info = typer.Option(
             *meta["flags"],
             help=meta["help"],
+            min=meta["min"],
             rich_help_panel=meta["panel"],
             show_default=default not in (None, "", [], False),
         )

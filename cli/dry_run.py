@@ -12,8 +12,9 @@ from dynprobe.cli.plain_table import print_rows
 from dynprobe.cli.run import open_store, report_path
 
 if TYPE_CHECKING:
+    from dynprobe.analyzers.core.loop import Unit
     from dynprobe.cli.request import Request
-    from dynprobe.cli.work import Plan
+    from dynprobe.cli.work import Plan, Shelf
 
 
 def show_plan(request: Request, plan: Plan) -> None:
@@ -21,20 +22,29 @@ def show_plan(request: Request, plan: Plan) -> None:
     report = report_path(request, plan)
     store = open_store(request, plan.declaration, report)
     rows: list[dict[str, Any]] = []
+    keys: dict[str, str] = {}
     for position in plan.mine:
         unit = plan.units[position]
         row = {name: value for name, value in unit.index.items() if not name.startswith("hash")}
+        run = unit.workspaces[0].run.name
         if unit.problem:
             row["plan"] = f"cannot: {unit.problem}"
-        elif not request.fresh and store.get(piece_key(plan.job, unit)) is not None:
-            row["plan"] = "stored"
         else:
-            row["plan"] = "measure"
+            row["plan"], keys[run] = _known(request, plan, unit, store, keys.get(run, ""))
         for workspace in unit.workspaces:
             workspace.release()
         rows.append(row)
     to_do = sum(row["plan"] == "measure" for row in rows)
     _show(request, rows, _cost(plan, to_do) | {"report": str(report)})
+
+
+def _known(request: Request, plan: Plan, unit: Unit, store: Shelf, previous: str) -> tuple[str, str]:
+    """What would be done with a unit, and its key."""
+    try:
+        key = piece_key(plan.job, unit, previous)
+    except Exception as error:
+        return f"cannot: {error}", previous
+    return "stored" if not request.fresh and store.get(key) is not None else "measure", key
 
 
 def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
@@ -47,7 +57,10 @@ def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
         if count:
             cost[name] = count * to_do
     if "forwards" in cost and plan.declaration.wants("batches"):
-        seconds = _seconds_per_forward(plan)
+        try:
+            seconds = _seconds_per_forward(plan)
+        except Exception as error:
+            return cost | {"no estimate": f"the model cannot be run: {error}"}
         # A Hessian-vector product by double backward is about five forward passes (research: 5.1).
         passes = cost["forwards"] + 5 * cost.get("hvps", 0)
         cost["seconds per forward pass over the data"] = float(f"{seconds:.2g}")

@@ -24,6 +24,7 @@ from dynprobe.cli.figure_panels import (
     several_runs,
     step_text,
 )
+from dynprobe.io.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +108,13 @@ def _ordered_curves(result: Result, name: str, axis: Axis) -> bool:
 
 
 def _panels(result: Result, names: Sequence[str], axis: Axis, bounds: Mapping[str, Bounds]) -> list[Panel]:
-    return [p for name in names for p in _panels_of(result, name, axis, bounds.get(name))]
+    panels = [p for name in names for p in _panels_of(result, name, axis, bounds.get(name))]
+    if not any(panel.curves for panel in panels):
+        raise InputError(
+            f"{result.analyzer}: {names[0]} has no value in any piece, so there is nothing to draw",
+            tip="The report keeps the values as they are: dynprobe report show",
+        )
+    return panels
 
 
 def _panels_of(result: Result, name: str, axis: Axis, bounds: Bounds) -> list[Panel]:

@@ -200,6 +200,8 @@ def _step_ticks(ax: Any, steps: np.ndarray) -> None:
 def _share_limits(group: Sequence[tuple[Any, Panel]]) -> None:
     """One vertical range for panels of one scale, from what is finite (and positive on a log axis)."""
     curves = [c for _, p in group for c in p.curves]
+    if not curves:
+        return
     values = np.concatenate([np.concatenate([c.y, c.low, c.high]) for c in curves])
     chance = [p.chance for _, p in group if p.chance is not None]
     values = np.concatenate([values[np.isfinite(values)], chance])

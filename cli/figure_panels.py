@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dynprobe.analyzers.core.result import FAILED, Result
 from dynprobe.io.errors import InputError
+from dynprobe.io.join import EACH
 
 MAXIMAL_PANELS = 9
 
@@ -47,12 +48,13 @@ def refuse_if_all_failed(result: Result) -> None:
 def fact(result: Result, *names: str) -> Any:
     """The first of these facts that attributes, options or measuring conditions give, else None."""
     measured_on = result.attributes.get("measured_on") or {}
-    each_run = measured_on.get("of each run") or [measured_on]
+    each_run = list((measured_on.get(EACH) or {"": measured_on}).values())
     sources = [result.attributes, result.attributes.get("options") or {}]
     for name in names:
         for source in sources:
-            if source.get(name) not in (None, ""):
-                return source[name]
+            value = source.get(name)
+            if value not in (None, "") and not (isinstance(value, Mapping) and EACH in value):
+                return value
         if len({str(conditions.get(name)) for conditions in each_run}) == 1 and each_run[0].get(name):
             return each_run[0][name]  # runs that differ in it have no common answer
     return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dynprobe.cli.setup import command_line
+from dynprobe.io.join import Part, owner, relative_folders, run_folder, shared_facts
 
 if TYPE_CHECKING:
     from dynprobe.analyzers.core.result import Result
@@ -18,21 +20,27 @@ if TYPE_CHECKING:
     from dynprobe.cli.work import Plan
 
 
-EACH = "of each run"
-
-
-def differences(request: Request, plan: Plan, older: Result) -> list[str]:
+def differences(request: Request, plan: Plan, report: Path, older: Result) -> list[str]:
     """`resolution was 5, is now 7` for everything that keeps a call's pieces out of an older result.
 
     A run that the older result does not know may be measured on anything.
     """
-    new = identity(request, plan)
-    found = _changed({k: v for k, v in new.items() if k != "measured_on"}, older.attributes)
-    before = _by_run(older.attributes.get("measured_on", {}), _runs_of(older))
-    for run, facts in _by_run(new["measured_on"], [p.run.name for p in plan.prepared]).items():
-        if run in before:
-            found += _changed(dict.fromkeys(before[run]) | dict(facts), before[run])
+    found = _changed(identity(request, plan), older.attributes)
+    there = Part.of(older, report)
+    if plan.declaration.grain == "group":
+        found += _changed({"runs": [str(v) for v in folders(plan).values()]}, {"runs": _all_folders(there)})
+    before = {there.root(run): facts for run, facts in there.facts.items()}
+    roots = folders(plan)
+    for run, facts in facts_of(request, plan).items():
+        old = before.get(owner(roots[run], before), {}).get("measured_on")
+        if old is not None:
+            new = facts["measured_on"]
+            found += _changed(dict.fromkeys(old) | dict(new), old)
     return list(dict.fromkeys(found))
+
+
+def _all_folders(part: Part) -> list[str]:
+    return [str(folder) for folder in part.folders.values()]
 
 
 def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
@@ -46,41 +54,43 @@ def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _by_run(measured_on: Mapping[str, Any], runs: Iterable[str]) -> dict[str, Any]:
-    return dict(measured_on[EACH]) if EACH in measured_on else dict.fromkeys(runs, measured_on)
-
-
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts themselves where all runs share them, by run otherwise."""
-    first, *others = facts.values()
-    return {EACH: dict(facts)} if any(other != first for other in others) else dict(first)
-
-
-def _runs_of(result: Result) -> list[str]:
-    names = [n for n in ("run", "run_a", "run_b") if n in result]
-    return list(dict.fromkeys(str(run) for n in names for run in np.atleast_1d(result[n]).tolist()))
-
-
 def identity(request: Request, plan: Plan) -> dict[str, Any]:
-    """What must be equal for pieces to stand in one result: options, data, model, version."""
+    """What must be equal for the pieces of all runs to stand in one result: options, code, version."""
     from dynprobe import __version__
+    from dynprobe.analyzers.core.loop import code_hash
 
-    needed = plan.declaration.needed(request.options)
-    facts = {p.run.name: dict(p.run.setup.facts(needed)) for p in plan.prepared}
     return {
         "options": dict(sorted(request.options.items())),
-        "measured_on": _flat(facts),
         "dynprobe_version": __version__,
+        "code": code_hash(plan.declaration)[:12],
     }
 
 
-def joined_facts(new: Result, older: Result) -> dict[str, Any]:
-    """What two results were measured on, for the one that holds both."""
-    each = [_by_run(r.attributes.get("measured_on", {}), _runs_of(r)) for r in (older, new)]
-    return _flat(each[0] | each[1])
+def folders(plan: Plan) -> dict[str, Path]:
+    """The folder of each run, by label."""
+    return {p.run.name: run_folder(p.run.name, Path(p.run.checkpoints[0].path)) for p in plan.prepared}
 
 
-def provenance(request: Request, plan: Plan) -> dict[str, Any]:
+def facts_of(request: Request, plan: Plan) -> dict[str, dict[str, Any]]:
+    """What each run is measured on: model, data, loss; by run."""
+    needed = plan.declaration.needed(request.options)
+    found: dict[str, dict[str, Any]] = {}
+    for prepared in plan.prepared:
+        facts: dict[str, Any] = {"measured_on": dict(prepared.run.setup.facts(needed))}
+        dataset = prepared.dataset if plan.declaration.wants("batches") else None
+        if dataset is not None:
+            facts |= {
+                "data": dataset.source,
+                "n_samples": dataset.n_samples,
+                "n_samples_of": dataset.n_total,
+            }
+            if not dataset.targets.is_floating_point() and dataset.targets.ndim == 1:
+                facts["n_classes"] = int(dataset.targets.max()) + 1
+        found[prepared.run.name] = facts
+    return found
+
+
+def provenance(request: Request, plan: Plan, report: Path) -> dict[str, Any]:
     """Everything a reader needs to repeat the call, nothing that names a machine or a person."""
     import torch
 
@@ -100,16 +110,8 @@ def provenance(request: Request, plan: Plan) -> dict[str, Any]:
         "mode": "eval (dropout off, BatchNorm statistics frozen) unless an option above says otherwise",
         "planned": len(plan.units),
         "table": list(plan.declaration.table),
+        "folders": relative_folders(folders(plan), report),
     }
     if request.shard:
         attributes["shard"] = request.shard
-    dataset = plan.prepared[0].dataset
-    if dataset is not None and plan.declaration.wants("batches"):
-        attributes |= {
-            "data": dataset.source,
-            "n_samples": dataset.n_samples,
-            "n_samples_of": dataset.n_total,
-        }
-        if not dataset.targets.is_floating_point() and dataset.targets.ndim == 1:
-            attributes["n_classes"] = int(dataset.targets.max()) + 1
-    return attributes
+    return attributes | shared_facts(facts_of(request, plan))

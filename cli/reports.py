@@ -149,13 +149,13 @@ def merge(
 
 def _with_summary(result: Result) -> Result:
     """The merged result with the run-level numbers that its analyzer adds."""
-    from dynprobe.cli.run import summarised
+    from dynprobe.cli.outcome import summarised
 
     declaration = _declaration(result.analyzer)
     if declaration is None:
         errors.warn(f"{result.analyzer} is not installed: run-level numbers are not computed anew")
         return result
-    return summarised(declaration, result)
+    return summarised(declaration, result, warn=errors.warn)
 
 
 def _declaration(name: str) -> Declaration | None:

@@ -10,8 +10,15 @@ Format = Literal["table", "json", "csv"]
 Pairs = Literal["auto", "consecutive", "first", "last", "all", "same-step"]
 
 
-def _option(default: Any, *flags: str, help: str, panel: str, needs: str = "") -> Any:  # noqa: A002
-    metadata = {"flags": flags, "help": help, "panel": panel, "needs": needs}
+def _option(
+    default: Any,
+    *flags: str,
+    help: str,  # noqa: A002
+    panel: str,
+    needs: str = "",
+    min: int | None = None,  # noqa: A002
+) -> Any:
+    metadata = {"flags": flags, "help": help, "panel": panel, "needs": needs, "min": min}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -91,12 +98,13 @@ class Request:
     samples: int | None = _option(
         None,
         "--samples",
+        min=1,
         panel=WHAT,
         needs="batches",
         help="Measure on this many samples, a fixed seeded subset.",
     )
     batch_size: int = _option(
-        1024, "--batch-size", panel=WHAT, needs="batches", help="Samples in one forward pass."
+        1024, "--batch-size", min=1, panel=WHAT, needs="batches", help="Samples in one forward pass."
     )
     trust: bool = _option(
         False,
@@ -113,10 +121,11 @@ class Request:
     seed: int = _option(
         0, "--seed", panel=HOW, needs="random", help="Seed of everything random: subset, directions, probes."
     )
-    workers: int = _option(1, "--workers", panel=HOW, help="Processes on this machine.")
+    workers: int = _option(1, "--workers", min=1, panel=HOW, help="Processes on this machine.")
     threads: int | None = _option(
         None,
         "--threads",
+        min=1,
         panel=HOW,
         needs="model",
         help="CPU threads. [default: as many as a trial shows to help]",

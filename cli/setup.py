@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -239,6 +241,7 @@ def _setup(request: Request, specs: Specs, shared: SharedData) -> Setup:
         facts=facts,
         training=specs.manifest.training,
         groups=specs.manifest.groups,
+        has_model=specs.model is not None,
     )
 
 
@@ -288,10 +291,26 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
 
 
 def _described(spec: Spec) -> str:
-    """Name and arguments, without the folder that a file happens to lie in."""
+    """Name and arguments, without the folder that a file happens to lie in, with a hash of what it holds."""
     name = Path(spec.name).name if "/" in spec.name else spec.name
     args = ", ".join(f"{k}={v}" for k, v in sorted(spec.args.items()) if k != "config")
-    return f"{name}({args})" if args else name
+    text = f"{name}({args})" if args else name
+    source = _source_file(spec)
+    if source is None:
+        return text
+    return f"{text} [{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}]"
+
+
+def _source_file(spec: Spec) -> Path | None:
+    """The file that decides what a name means, once it was loaded: code, a program, a configuration."""
+    if "config" in spec.args:
+        config = Path(str(spec.args["config"]))
+        candidates = [config, config / "config.json"]
+    else:
+        module = sys.modules.get(spec.name.rpartition(":")[0])
+        loaded = getattr(module, "__file__", None)
+        candidates = [Path(spec.name), Path(spec.name.rpartition(":")[0]), Path(loaded or "")]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
+
+log = logging.getLogger("dynprobe")
 
 if TYPE_CHECKING:
     from dynprobe.cli.work import Plan
@@ -28,13 +31,16 @@ def set_threads(asked: int | None, plan: Plan) -> None:
     many = torch.get_num_threads()
     if many == 1 or setup.device.type != "cpu" or not declaration.wants("batches"):
         return
-    model = setup.model().eval()
-    inputs, _ = next(iter(setup.batches))
-    torch.set_num_threads(1)
-    single = _seconds(model, inputs)
-    torch.set_num_threads(many)
-    if single < WORTH * _seconds(model, inputs):
+    try:
+        model = setup.model().eval()
+        inputs, _ = next(iter(setup.batches))
         torch.set_num_threads(1)
+        single = _seconds(model, inputs)
+        torch.set_num_threads(many)
+        if single < WORTH * _seconds(model, inputs):
+            torch.set_num_threads(1)
+    except Exception as error:  # the measurement meets it again, and says at which checkpoint
+        log.debug("no trial of threads: %s", error)
 
 
 def _seconds(model: Any, inputs: Any) -> float:

@@ -58,7 +58,8 @@ def make_plan(request: Request) -> Plan:
     declaration = find_analyzer(request.analyzer)
     prepared = prepare(request)
     units = _units(declaration, prepared, request.pairs)
-    mine = _shard(request.shard, len(units))
+    chunks = chunked(declaration, units)
+    mine = [position for chunk in _shard(request.shard, len(chunks)) for position in chunks[chunk]]
     _check_inputs(declaration, prepared, declaration.needed(request.options))
     _check_fit(declaration, units)
     return Plan(declaration, Job(declaration, request.options, fresh=request.fresh), prepared, units, mine)
@@ -66,7 +67,7 @@ def make_plan(request: Request) -> Plan:
 
 def _units(declaration: Declaration, prepared: list[PreparedRun], pairs: str) -> list[Unit]:
     if declaration.grain == "group":
-        return [group_unit([p.run for p in prepared])]
+        return [group_unit([(p.run, p.chosen) for p in prepared])]
     if declaration.grain == "run":
         return [run_unit(p.run, p.chosen) for p in prepared]
     if declaration.grain == "checkpoint":
@@ -102,12 +103,22 @@ def _pairs(prepared: list[PreparedRun], how: str) -> Iterator[tuple[Place, Place
                 yield from ((place, fixed) for place in run if place is not fixed)
 
 
+def chunked(declaration: Declaration, units: list[Unit]) -> list[list[int]]:
+    """Positions of units that one process does in order: a run, where a piece builds on the one before."""
+    if not declaration.wants("previous"):
+        return [[position] for position in range(len(units))]
+    runs: dict[str, list[int]] = {}
+    for position, unit in enumerate(units):
+        runs.setdefault(unit.workspaces[0].run.name, []).append(position)
+    return list(runs.values())
+
+
 def _shard(text: str | None, total: int) -> list[int]:
-    """Positions of the units of shard `I/N`; every N-th, so that cheap and dear ones spread evenly."""
+    """Which of `total` parts shard `I/N` has: every N-th, so that cheap and dear ones spread evenly."""
     if text is None:
         return list(range(total))
     index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise InputError(
             f"--shard {text}: expected I/N with I from 0 to N-1.",
             "For a job array numbered from 0: --shard $SLURM_ARRAY_TASK_ID/64 with --array=0-63.",
@@ -136,10 +147,13 @@ def _check_fit(declaration: Declaration, units: list[Unit]) -> None:
     """Compare the header of every checkpoint with the model; what does not fit becomes a failed piece."""
     problems = []
     for unit in units:
-        for workspace in unit.workspaces:
+        for workspace in list(unit.workspaces):
             problem = _misfit(declaration, workspace)
             problems.append(problem)
-            if problem and declaration.grain in ("checkpoint", "pair"):
+            if problem and unit.runs and len(unit.workspaces) > 1:
+                unit.workspaces.remove(workspace)
+                unit.left_out.append(f"left out {problem}")
+            elif problem:
                 unit.problem = str(problem)
     if problems and all(problems):
         first = problems[0]
@@ -156,7 +170,8 @@ def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
         return InputError(f"{checkpoint.path}: {checkpoint.problem.removeprefix(f'{checkpoint.path}: ')}")
     try:
         header = checkpoint.header()
-        if declaration.wants("model"):
+        whole_run = declaration.grain in ("run", "group") and workspace.run.has_model
+        if declaration.wants("model") or whole_run:
             empty = {
                 name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
                 for name, info in header.tensors.items()

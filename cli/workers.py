@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -25,56 +27,63 @@ ATTEMPTS = 2  # a unit whose process dies twice is at fault itself (a crash in n
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    unit: int | None = None
+    chunk: list[int] | None = None
+    done: int = 0
 
 
 def measure_in_processes(
-    request: Request, positions: list[int], report: Path, indices: dict[int, Any], count: int
+    request: Request, chunks: list[list[int]], report: Path, indices: dict[int, Any], count: int
 ) -> Iterator[tuple[int, Piece, bool]]:
     """Measure units in `count` processes.
 
     Args:
         request: The call.
-        positions: Positions of the units in the plan.
+        chunks: Positions of the units in the plan; those of a chunk stay together, in order.
         report: Where the report will be; the pieces go beside it.
-        indices: Labels of each unit, for a piece that has to be reported as failed.
+        indices: Labels of each unit: a process finds it by them, since the folder may have grown meanwhile.
         count: Number of processes.
 
     Yields:
-        `(position, piece, stored)` as they finish, in no particular order.
+        `(position, piece, stored)` as they finish.
     """
-    waiting = deque(positions)
-    attempts = dict.fromkeys(positions, 0)
-    workers = [_start(request, report, count) for _ in range(min(count, len(positions)))]
+    waiting = deque(chunks)
+    attempts: Counter[int] = Counter()
+    workers = [_start(request, report, count) for _ in range(min(count, len(chunks)))]
     try:
         for worker in workers:
-            _hand_out(worker, waiting, attempts)
-        while busy := [w for w in workers if w.unit is not None]:
+            _hand_out(worker, waiting, indices)
+        while busy := [w for w in workers if w.chunk is not None]:
             ready = wait([w.pipe for w in busy])
             for worker in [w for w in busy if w.pipe in ready]:
-                position = worker.unit
-                assert position is not None
+                chunk = worker.chunk
+                assert chunk is not None
                 try:
                     outcome = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     worker.process.join()
-                    if attempts[position] < ATTEMPTS:
-                        waiting.append(position)
-                    else:
-                        yield position, _killed(indices[position], worker.process.exitcode), False
+                    left = chunk[worker.done :]
+                    attempts[left[0]] += 1
+                    if attempts[left[0]] >= ATTEMPTS:
+                        yield left[0], _killed(indices[left[0]], worker.process.exitcode), False
+                        left = left[1:]
+                    if left:
+                        waiting.append(left)
+                    worker.chunk = None
                     if waiting:
                         workers[workers.index(worker)] = worker = _start(request, report, count)
-                else:
-                    if isinstance(outcome, BaseException):
-                        raise outcome
-                    yield position, *outcome
-                worker.unit = None
-                if worker.process.is_alive():
-                    _hand_out(worker, waiting, attempts)
+                        _hand_out(worker, waiting, indices)
+                    continue
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield chunk[worker.done], *outcome
+                worker.done += 1
+                if worker.done == len(chunk):
+                    worker.chunk = None
+                    _hand_out(worker, waiting, indices)
     finally:
         for worker in workers:
             worker.pipe.close()  # an idle worker reads the end and leaves
-            if worker.unit is not None and worker.process.is_alive():
+            if worker.chunk is not None and worker.process.is_alive():
                 worker.process.terminate()
         for worker in workers:
             worker.process.join(5)
@@ -82,11 +91,10 @@ def measure_in_processes(
                 worker.process.kill()
 
 
-def _hand_out(worker: _Worker, waiting: deque[int], attempts: dict[int, int]) -> None:
+def _hand_out(worker: _Worker, waiting: deque[list[int]], indices: dict[int, Any]) -> None:
     if waiting:
-        worker.unit = waiting.popleft()
-        attempts[worker.unit] += 1
-        worker.pipe.send(worker.unit)
+        worker.chunk, worker.done = waiting.popleft(), 0
+        worker.pipe.send([indices[position] for position in worker.chunk])
 
 
 def _killed(index: Any, exitcode: int | None) -> Piece:
@@ -118,13 +126,21 @@ def _work(request: Request, report: Path, pipe: Connection, count: int) -> None:
 
     torch.set_num_threads(request.threads or max(1, (os.cpu_count() or 1) // count))
     try:
-        plan = make_plan(request)
-        store = open_store(request, plan.declaration, report)
-        while True:
-            position = pipe.recv()
-            piece, stored = next(iter(measure(plan.job, [plan.units[position]], store)))
-            pipe.send((piece, stored))
-    except EOFError:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            plan = make_plan(request)
+            store = open_store(request, plan.declaration, report)
+            units = {_name(unit.index): unit for unit in plan.units}
+            while True:
+                chunk = [units[_name(index)] for index in pipe.recv()]
+                for outcome in measure(plan.job, chunk, store):
+                    pipe.send(outcome)
+    except (EOFError, ConnectionError):
         return
     except Exception as error:
-        pipe.send(error)
+        with contextlib.suppress(ConnectionError):
+            pipe.send(error)
+
+
+def _name(index: Any) -> tuple[tuple[str, str], ...]:
+    """The labels of a unit, as something to find it by."""
+    return tuple(sorted((name, str(label)) for name, label in index.items()))

@@ -52,8 +52,8 @@ def write_atomically(path: Path, content: bytes, *, unless: Callable[[], bool] |
     """
     target = Path(os.path.realpath(path))
     with explained(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(3):
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name[:100]}.{_HOST}-{os.getpid()}-{next(_COUNTER)}.tmp")
             try:
                 _write(temporary, content, mode=_mode(target))
@@ -61,7 +61,7 @@ def write_atomically(path: Path, content: bytes, *, unless: Callable[[], bool] |
                     return False
                 os.replace(temporary, target)  # noqa: PTH105
             except FileNotFoundError:
-                continue  # a process in another container took our temporary file for a dead one's
+                continue  # another process removed the folder as empty, or took our file for a dead one's
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)

@@ -25,12 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "LoadedState", "Sequence", "content_hash", "open_runs"]
 
 
+COPY_BELOW = 2 * 2**30
+"""Bytes up to which weights are copied off their file at once. A training run that writes its `last.pt` anew
+would change, or cut off, memory that is only mapped; larger files stay mapped."""
+
+
 @dataclass
 class LoadedState:
     """The weights of one checkpoint.
 
     Attributes:
-        state: Name → CPU tensor, memory-mapped where the format allows: copy before changing.
+        state: Name → CPU tensor; of a large file memory-mapped, so copy before changing.
         notes: What was chosen, stripped or skipped on the way.
     """
 
@@ -90,7 +95,10 @@ class Checkpoint:
         """
         opened = _open(self)
         try:
-            return LoadedState(opened.load(), list(opened.header.notes))
+            state = opened.load()
+            if self.size <= COPY_BELOW:
+                state = {name: tensor.clone() for name, tensor in state.items()}
+            return LoadedState(state, list(opened.header.notes))
         except InputError:
             raise
         except Exception as error:  # whatever torch or the disk says of damaged data, it is this file's fault
@@ -187,15 +195,20 @@ def _open_run(
         raise wrong_option
     if not sequence.checkpoints:  # then these are what the user means
         sequence.checkpoints, weightless = weightless, []
-    left_out = [*listing.left_out, *(checkpoint.path.name for checkpoint in weightless)]
-    if left_out:
-        shown = ", ".join(left_out[:8]) + (", …" if len(left_out) > 8 else "")
-        sequence.notes.append(f"left out {len(left_out)} without weights: {shown}")
+    if listing.left_out:
+        sequence.notes.append(_without_weights(listing.left_out))
+    if weightless:  # they look like checkpoints: the user expects them in the sequence
+        sequence.warnings.append(_without_weights([checkpoint.path.name for checkpoint in weightless]))
     source = "command line" if pattern else "manifest"
     set_steps(sequence, compiled_pattern(pattern or manifest.checkpoints.get("step")), source)
     drop_aliases(sequence)
     _note_headers(sequence)
     return sequence
+
+
+def _without_weights(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"left out {len(names)} without weights: {shown}"
 
 
 def _read_header(checkpoint: Checkpoint, before: list[Checkpoint]) -> InputError | None:

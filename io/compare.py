@@ -85,12 +85,23 @@ def _provenance(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
 
 def _matched(a: list[Piece], b: list[Piece], found: Comparison) -> list[tuple[str, Piece, Piece]]:
     for kinds in (("run", "step"), ("step",)):
-        first, second = ({_label(p, kinds): p for p in pieces} for pieces in (a, b))
+        first, second = (_labelled(pieces, kinds) for pieces in (a, b))
         if first.keys() & second.keys():
             break
     found.differences += [f"{label}: only in the first" for label in first if label not in second]
     found.differences += [f"{label}: only in the second" for label in second if label not in first]
     return [(label, piece, second[label]) for label, piece in first.items() if label in second]
+
+
+def _labelled(pieces: list[Piece], kinds: tuple[str, ...]) -> dict[str, Piece]:
+    """Pieces by label; those of one run and step (an alias beside the file) by their order."""
+    found: dict[str, Piece] = {}
+    for piece in pieces:
+        label, count = _label(piece, kinds), 2
+        while label in found:
+            label, count = f"{_label(piece, kinds)} ({count})", count + 1
+        found[label] = piece
+    return found
 
 
 def _label(piece: Piece, kinds: tuple[str, ...]) -> str:

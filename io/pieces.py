@@ -73,18 +73,15 @@ class PieceStore:
         """The store for parts of the piece of this key."""
         return Partial(self._path(key).with_suffix(".parts"))
 
-    def clear(self, keys: Iterable[str] | None = None) -> None:
-        """Remove pieces and parts once the report holds them, and folders that are then empty.
+    def clear(self, keys: Iterable[str]) -> None:
+        """Remove pieces and their parts once the report holds them, and folders that are then empty.
 
         Args:
-            keys: Only these; None for all. Name them where other processes may still be adding theirs.
+            keys: Which; other processes may still be adding theirs.
         """
-        paths = self.folder.glob("*.h5") if keys is None else [self._path(key) for key in keys]
-        unfinished = self.folder.glob("*.parts") if keys is None else [p.with_suffix(".parts") for p in paths]
-        for folder in [*unfinished]:
-            Partial(folder).clear()
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for key in set(keys):
+            self.partial(key).clear()
+            self._path(key).unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
             with contextlib.suppress(OSError):  # not empty: someone else's pieces
                 folder.rmdir()

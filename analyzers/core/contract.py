@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 
-from dynprobe.analyzers.core.result import Array, Result, Var
+from dynprobe.analyzers.core.result import BOOKKEEPING, Array, Result, Var
 
 FIELDS = {
     "step": "the checkpoint's step",
@@ -29,6 +29,12 @@ FIELDS = {
     "progress": "progress(done, total, what)",
 }
 """What an analyzer's leading parameters may name."""
+
+RESERVED = BOOKKEEPING | {
+    *("run", "step", "path", "hash", "runs", "checkpoint_run", "summary_run", "checkpoint", "pair"),
+    *(f"{name}_{half}" for name in ("run", "step", "path", "hash") for half in "ab"),
+}
+"""Names that the framework gives to labels, so that no variable may have them."""
 
 PAIRABLE = ("step", "path", "state", "model", "batches")
 MARKER = "__dynprobe_analyzer__"
@@ -342,6 +348,10 @@ def _check_returns(title: str, returns: Mapping[str, Var], grain: str) -> None:
     if not returns:
         raise DeclarationError(f"{title} declares nothing in returns=")
     for name, var in returns.items():
+        if name in RESERVED:
+            raise DeclarationError(
+                f"{title}: {name!r} is a label of every result; return it under another name"
+            )
         if not name.isidentifier():
             raise DeclarationError(f"{title}: {name!r} is not a name for a variable")
         if var.error and var.error not in returns:
@@ -357,6 +367,8 @@ def _check_returns(title: str, returns: Mapping[str, Var], grain: str) -> None:
 def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapping[str, str]) -> Option:
     if parameter.default is inspect.Parameter.empty:
         raise DeclarationError(f"{title}: option {parameter.name} needs a default")
+    if parameter.annotation is inspect.Parameter.empty:
+        raise DeclarationError(f"{title}: option {parameter.name} needs a type: {parameter.name}: int = …")
     if parameter.name not in arguments:
         raise DeclarationError(
             f"{title}: option {parameter.name} has no line under Args: in the docstring; "
@@ -376,7 +388,7 @@ def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapp
     return Option(parameter.name, base, parameter.default, arguments[parameter.name], bounds)
 
 
-_SECTION = re.compile(r"^(Args|Arguments|Returns|Raises|References|Example|Examples|Note|Yields):\s*$", re.M)
+_SECTION = re.compile(r"^([A-Z][A-Za-z ]{2,30}):[ \t]*$", re.M)
 
 
 def _docstring(function: Callable[..., Any], title: str) -> tuple[str, dict[str, str]]:
@@ -410,6 +422,9 @@ def labelled(declaration: Declaration, returned: Mapping[str, Any]) -> dict[str,
         raise DeclarationError(f"{title} returned {sorted(extra)}, which it does not declare")
     if missing := {n for n, var in returns.items() if not var.optional} - set(returned):
         raise DeclarationError(f"{title} declares {sorted(missing)} and did not return it")
+    for name, value in returned.items():
+        if name in returns and returns[name].dims == (name,):
+            _check_coordinate(title, name, _numeric(value))
     arrays, sizes = {}, dict[str, tuple[int, str]]()
     for name, value in returned.items():
         values = _numeric(value)
@@ -428,6 +443,13 @@ def labelled(declaration: Declaration, returned: Mapping[str, Any]) -> dict[str,
             dims, values, var.units, var.long_name, var.error if var.error in returned else ""
         )
     return arrays
+
+
+def _check_coordinate(title: str, name: str, values: np.ndarray) -> None:
+    """Pieces are aligned by their coordinates: these must be labels that tell entries apart."""
+    labels = values.ravel().tolist()
+    if len(set(labels)) < len(labels) or any(label != label for label in labels):
+        raise DeclarationError(f"{title}: the coordinate {name} has NaN or one label twice")
 
 
 def _numeric(value: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -32,6 +32,10 @@ class Partial(Protocol):
 
     def put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store a part."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all parts of the piece."""
         ...
 
 
@@ -81,6 +85,9 @@ class _MemoryPartial:
     def put(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         self._parts[name] = dict(arrays)
 
+    def clear(self) -> None:
+        self._parts.clear()
+
 
 @dataclass
 class Unit:
@@ -91,12 +98,14 @@ class Unit:
         workspaces: Its checkpoints, one, two or all of a run.
         runs: The runs of a group.
         problem: Why it cannot be measured, found before any compute; empty if it can.
+        left_out: Sentences about checkpoints of a run or group that it goes on without.
     """
 
     index: dict[str, Any]
     workspaces: list[Workspace]
     runs: Sequence[Run] = ()
     problem: str = ""
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -141,8 +150,9 @@ def pair_unit(run_a: Run, a: Any, run_b: Run, b: Any) -> Unit:
     return Unit(index, [Workspace(a, run_a, "a"), Workspace(b, run_b, "b")])
 
 
-def group_unit(runs: Sequence[Run]) -> Unit:
-    """One unit for several runs together."""
+def group_unit(chosen: Sequence[tuple[Run, Sequence[Any]]]) -> Unit:
+    """One unit for several runs together, each with the checkpoints chosen of it."""
+    runs = [Run(run.name, checkpoints, run.setup) for run, checkpoints in chosen]
     names = " ".join(run.name for run in runs)
     return Unit({"runs": names}, _shelved(*((run, run.checkpoints) for run in runs)), runs)
 
@@ -153,29 +163,44 @@ def _shelved(*chosen: tuple[Run, Sequence[Any]]) -> list[Workspace]:
     return shelf
 
 
-def piece_key(job: Job, unit: Unit) -> str:
+def piece_key(job: Job, unit: Unit, previous: str = "") -> str:
     """Content key of a unit: analyzer, options, code, data and checkpoints, nothing about the machine.
 
-    Cost: reads every checkpoint of the unit.
+    Cost: reads every checkpoint of the unit, and those that the analyzer reads beside them.
+
+    Args:
+        job: Analyzer and options.
+        unit: What is measured; broken checkpoints of a run are dropped from it, see `left_out`.
+        previous: Key of the run's previous piece, for an analyzer that asks for it.
     """
+    leave_out_broken(unit)
+    declaration = job.declaration
+    needed = declaration.needed(job.options)
     runs = list({id(w.run): w.run for w in unit.workspaces}.values())
-    others = job.declaration.reads(job.options) if job.declaration.reads else ()
+    if declaration.reads is not None:
+        others = declaration.reads(job.options)
+    else:
+        others = ["all"] if "run" in needed else []
     hashes = [w.hash for w in unit.workspaces]
-    for which in others:
-        for run in runs:
-            names: list[int | str] = list(range(len(run))) if which == "all" else [which]
-            hashes += [run.resolve(name).load().hash for name in names]
-    facts = [dict(run.setup.facts(job.declaration.needed(job.options))) for run in runs]
-    payload = [job.declaration.name, dict(job.options), _code(job.declaration), facts, hashes]
-    return hashlib.blake2b(
-        json.dumps(payload, sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
+    hashes += [text for run in runs for which in others for text in run.content_hashes(which)]
+    # Equal weights at two places are two measurements only where the place is part of the measurement.
+    places = [
+        [w.step if "step" in name else w.path for w in unit.workspaces]
+        for name in needed
+        if name.removesuffix("_a").removesuffix("_b") in ("step", "path")
+    ]
+    facts = [dict(run.setup.facts(needed)) for run in runs]
+    chain = previous if "previous" in needed else ""
+    payload = [declaration.name, dict(job.options), code_hash(declaration), facts, hashes, places, chain]
+    text = json.dumps([*payload, unit.left_out], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 _CODE: dict[str, str] = {}
 
 
-def _code(declaration: Declaration) -> str:
+def code_hash(declaration: Declaration) -> str:
+    """Hash of the source that decides what an analyzer computes."""
     if declaration.name not in _CODE:
         digest = hashlib.blake2b(digest_size=16)
         for path in source_files(declaration):
@@ -195,7 +220,8 @@ def measure(job: Job, units: Iterable[Unit], store: Store) -> Iterator[tuple[Pie
         DeclarationError: If the analyzer breaks its own declaration: no piece could ever be right.
         OptionError: If the first piece to be measured finds that the options cannot be followed.
     """
-    previous: tuple[str, Measurement] | None = None
+    before: dict[str, Piece] = {}
+    dims: dict[str, tuple[str, ...]] = {}
     with ThreadPoolExecutor(1, "dynprobe-load") as pool:
         todo = list(units)
         ahead: Future[Any] | None = None
@@ -205,12 +231,24 @@ def measure(job: Job, units: Iterable[Unit], store: Store) -> Iterator[tuple[Pie
             following = todo[position + 1] if position + 1 < len(todo) else None
             _prefetch(unit)
             ahead = pool.submit(_prefetch, following) if following else None
-            run = unit.workspaces[0].run.name
-            piece, found = _one(job, unit, store, previous[1] if previous and previous[0] == run else None)
+            run = unit.workspaces[0].run.name if unit.workspaces else ""
+            piece, found = _one(job, unit, store, before.get(run))
             for workspace in unit.workspaces:
                 workspace.release()
-            previous = (run, _as_measurement(piece)) if piece.status != FAILED else previous
+            if piece.status != FAILED:
+                before[run] = piece
+                _check_dims(job.declaration, piece, dims)
             yield piece, found
+
+
+def _check_dims(declaration: Declaration, piece: Piece, seen: dict[str, tuple[str, ...]]) -> None:
+    """Pieces are stacked in the end: what could not be is said at the first piece that does not fit."""
+    for name, array in piece.arrays.items():
+        if seen.setdefault(name, array.dims) != array.dims:
+            raise DeclarationError(
+                f"{declaration.name}: {name} has dimensions {array.dims} here and {seen[name]} before; "
+                "within one call they must be the same"
+            )
 
 
 def _prefetch(unit: Unit) -> None:
@@ -218,13 +256,15 @@ def _prefetch(unit: Unit) -> None:
     if unit.problem or len(unit.workspaces) > 2:
         return
     for workspace in unit.workspaces:
+        if workspace.is_large:
+            continue  # two of them in memory may be one too many
         try:
             _ = workspace.loaded
         except Exception as error:
             log.debug("%s: %s", workspace.path, error)
 
 
-def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tuple[Piece, bool]:
+def _one(job: Job, unit: Unit, store: Store, before: Piece | None) -> tuple[Piece, bool]:
     start = time.perf_counter()
     notes: list[str] = []
 
@@ -244,11 +284,12 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
     try:
         if unit.problem:
             return failed(unit.problem)
-        left_out = _leave_out_broken(unit)
-        key = piece_key(job, unit)
-        if not job.fresh and (known := store.get(key)) is not None:
+        key = piece_key(job, unit, before.key if before else "")
+        if job.fresh:
+            store.partial(key).clear()
+        elif (known := store.get(key)) is not None:
             return replace(known, index={**known.index, **unit.index}), True
-        returned = job.declaration.function(*_arguments(job, unit, store, key, previous), **job.options)
+        returned = job.declaration.function(*_arguments(job, unit, store, key, before), **job.options)
     except DeclarationError:
         raise
     except OptionError as error:
@@ -260,14 +301,16 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
         return failed(_sentence(error), key)
     finally:
         notes += [n for w in unit.workspaces for n in w.notes]
+    if not isinstance(returned, Mapping):
+        raise DeclarationError(f"{job.declaration.name} returned {type(returned).__name__}, not a dictionary")
     measurement = returned if isinstance(returned, Measurement) else Measurement(returned)
     arrays = labelled(job.declaration, measurement) | _checkpoint_labels(job.declaration, unit)
     piece = Piece(
         key,
         {**unit.index, **{f"hash{w.slot and '_' + w.slot}": h for w, h in _hashes(unit)}},
         arrays,
-        INCOMPLETE if left_out else OK if measurement.converged else NOT_CONVERGED,
-        "; ".join([*left_out, measurement.reason] if measurement.reason else left_out),
+        INCOMPLETE if unit.left_out else OK if measurement.converged else NOT_CONVERGED,
+        "; ".join([*unit.left_out, *([measurement.reason] if measurement.reason else [])]),
         time.perf_counter() - start,
         measurement.spent,
         tuple(dict.fromkeys([*notes, *measurement.notes])),
@@ -277,24 +320,27 @@ def _one(job: Job, unit: Unit, store: Store, previous: Measurement | None) -> tu
     return piece, False
 
 
-def _leave_out_broken(unit: Unit) -> list[str]:
-    """Drop the checkpoints of a run or group that cannot be read or hold NaN; say which and why.
+def leave_out_broken(unit: Unit) -> None:
+    """Drop the checkpoints of a run or group that cannot be read or hold NaN; `left_out` says which and why.
 
     Raises:
         Exception: What is wrong, where nothing is left to measure (or one of a pair is broken).
     """
-    reasons, whole = [], []
+    whole: list[Workspace] = []
+    last: Exception | None = None
     for workspace in unit.workspaces:
         try:
             if bad := workspace.non_finite():
                 raise BrokenWeights(f"{workspace.path}: {bad}")
             whole.append(workspace)
         except Exception as error:
-            if not unit.runs or (workspace is unit.workspaces[-1] and not whole):
+            if not unit.runs:
                 raise
-            reasons.append(f"left out {_sentence(error)}")
+            last = error
+            unit.left_out.append(f"left out {_sentence(error)}")
+    if last is not None and not whole:
+        raise last
     unit.workspaces[:] = whole
-    return reasons
 
 
 class BrokenWeights(ValueError):
@@ -320,10 +366,10 @@ def _checkpoint_labels(declaration: Declaration, unit: Unit) -> dict[str, Array]
     return {n: Array(("checkpoint",), tidy(values), "", text) for n, (values, text) in columns.items()}
 
 
-def _arguments(job: Job, unit: Unit, store: Store, key: str, previous: Measurement | None) -> list[Any]:
+def _arguments(job: Job, unit: Unit, store: Store, key: str, before: Piece | None) -> list[Any]:
     first = unit.workspaces[0]
     shared = {
-        "previous": lambda: previous,
+        "previous": lambda: _as_measurement(before) if before else None,
         "training": lambda: first.run.setup.training,
         "groups": lambda: first.run.setup.groups,
         "run": lambda: first.run,

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,10 @@ def clashes() -> list[str]:
     ]
 
 
+class UnknownAnalyzer(LookupError):
+    """No analyzer has that name, or no file or function is where the user says."""
+
+
 def load(name: str) -> Declaration:
     """Import one analyzer.
 
@@ -62,7 +67,7 @@ def load(name: str) -> Declaration:
         name: As typed, hyphens or underscores.
 
     Raises:
-        LookupError: If no analyzer has that name; the message lists those there are.
+        UnknownAnalyzer: If no analyzer has that name; the message lists those there are.
         DeclarationError: If its module declares nothing, or a plug-in cannot be imported.
     """
     name = name.replace("_", "-")
@@ -71,35 +76,49 @@ def load(name: str) -> Declaration:
     for point in entry_points(group=GROUP):
         if point.name == name:
             return _from_entry_point(point)
-    raise LookupError(f"no analyzer {name!r}; there are {', '.join(sorted(listing()))}")
+    raise UnknownAnalyzer(f"no analyzer {name!r}; there are {', '.join(sorted(listing()))}")
 
 
 def load_file(path: Path, attribute: str) -> Declaration:
     """Import one analyzer from a Python file of the user's.
 
     Raises:
-        LookupError: If the file or the attribute does not exist.
+        UnknownAnalyzer: If the file or the attribute does not exist.
         DeclarationError: If the attribute is not a declared analyzer.
     """
     if not path.is_file():
-        raise LookupError(f"{path}: no such file")
+        raise UnknownAnalyzer(f"{path}: no such file")
     name = f"dynprobe_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise LookupError(f"{path} is not a Python file")
+        raise UnknownAnalyzer(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # get_type_hints and pickling look the module up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except DeclarationError:
+        raise
+    except Exception as error:
+        raise DeclarationError(f"{path}{_line(error, path)}: {type(error).__name__}: {error}") from error
     if not attribute:
         return _declared(module, path.stem)
     if not hasattr(module, attribute):
-        raise LookupError(f"{path} has no {attribute!r}")
+        raise UnknownAnalyzer(f"{path} has no {attribute!r}")
     found = getattr(getattr(module, attribute), MARKER, None)
     if not isinstance(found, Declaration):
         raise DeclarationError(
             f"{path}:{attribute} is not an analyzer: decorate it with @analyzer(returns=…)"
         )
     return found
+
+
+def _line(error: Exception, path: Path) -> str:
+    """`, line N` of the last frame of a user's file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    numbers = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    if isinstance(error, SyntaxError):
+        numbers.append(error.lineno)
+    return f", line {numbers[-1]}" if numbers else ""
 
 
 def source_files(declaration: Declaration) -> list[Path]:

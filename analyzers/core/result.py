@@ -146,14 +146,21 @@ class Result:
         return " | ".join(str(np.atleast_1d(self[n])[piece]) for n in found) or f"piece {piece}"
 
     def select(self, keep: np.ndarray) -> Result:
-        """The result restricted to the pieces where the boolean or index array `keep` says so."""
+        """The result restricted to the pieces where the boolean or index array `keep` says so.
+
+        Raises:
+            ValueError: If a boolean `keep` does not have one entry for each piece.
+        """
         if not self.lead:
             return self
         arrays = {n: _take(a, self.lead, keep) for n, a in self.arrays.items()}
+        if self.grain == "run" and "checkpoint_run" in arrays:  # the checkpoints of the other runs go too
+            mine = np.isin(self["checkpoint_run"].astype(str), arrays["run"].values.astype(str))
+            arrays = {n: _take(a, "checkpoint", mine) for n, a in arrays.items()}
         return replace(self, arrays=arrays)
 
 
-INTERNAL = frozenset({"index", "table"})
+INTERNAL = frozenset({"index", "table", "folders"})
 """Attributes that say how to read and print a result, not where it comes from."""
 
 BOOKKEEPING = frozenset({"status", "reason", "seconds", "key", "notes"})
@@ -162,12 +169,12 @@ BOOKKEEPING = frozenset({"status", "reason", "seconds", "key", "notes"})
 def _take(array: Array, dim: str, keep: np.ndarray) -> Array:
     if dim not in array.dims:
         return array
-    return replace(
-        array,
-        values=np.compress(keep, array.values, axis=array.dims.index(dim))
-        if keep.dtype == bool
-        else np.take(array.values, keep, axis=array.dims.index(dim)),
-    )
+    axis = array.dims.index(dim)
+    if keep.dtype == bool:
+        if keep.shape != (array.values.shape[axis],):  # numpy would cut off the rest without a word
+            raise ValueError(f"{keep.size} truth values for {array.values.shape[axis]} entries of {dim}")
+        keep = np.flatnonzero(keep)
+    return replace(array, values=np.take(array.values, keep, axis=axis))
 
 
 def stack(analyzer: str, grain: str, pieces: Sequence[Piece], attributes: Mapping[str, Any]) -> Result:

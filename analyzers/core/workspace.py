@@ -65,6 +65,7 @@ class Setup:
             values; called with the names of the fields the analyzer asks for.
         training: The manifest's `[training]`.
         groups: The manifest's `[groups]`.
+        has_model: Whether something says how to build the model.
     """
 
     make_model: Callable[[], torch.nn.Module]
@@ -78,6 +79,7 @@ class Setup:
     facts: Callable[[Sequence[str]], Mapping[str, Any]] = lambda _needs: {}
     training: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
+    has_model: bool = True
 
     @cached_property
     def batches(self) -> Any:
@@ -101,7 +103,12 @@ class Setup:
     def model(self, slot: str = "") -> torch.nn.Module:
         """The module of a slot (`""`, `"a"`, `"b"`), built once and refilled per checkpoint."""
         if slot not in self._models:
-            self._models[slot] = self.make_model().to(device=self.device, dtype=self.dtype)
+            model = self.make_model().to(self.device)
+            # not model.to(dtype), which would drop the imaginary part of complex parameters
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(self.dtype)
+            self._models[slot] = model
         return self._models[slot]
 
 
@@ -121,6 +128,11 @@ class Run:
     def steps(self) -> list[int | float | None]:
         """Steps of all checkpoints, in order."""
         return [c.step for c in self.checkpoints]
+
+    @property
+    def has_model(self) -> bool:
+        """Whether something says how to build the model."""
+        return self.setup.has_model
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -145,6 +157,24 @@ class Run:
             f"{which!r} is no checkpoint of {self.name}.", f"Give first, last, a file, or a step: {steps}."
         )
 
+    def content_hashes(self, which: int | str) -> list[str]:
+        """Content hashes of what `which` names, or of `all`; remembered while the file is the same.
+
+        A checkpoint that cannot be read counts as such: an analyzer may go on without it.
+        """
+        names: list[int | str] = list(range(len(self))) if which == "all" else [which]
+        found = []
+        for name in names:
+            checkpoint = self.resolve(name)
+            stamp = ("content hash", str(checkpoint.path), _stamp(checkpoint.path))
+            try:
+                if stamp not in self._cache or not stamp[-1]:
+                    self._cache[stamp] = checkpoint.load().hash
+                found.append(str(self._cache[stamp]))
+            except Exception as error:
+                found.append(f"broken: {error}")
+        return found
+
     def state(self, which: int | str) -> State:
         """The tensors of one checkpoint under the model's own names, on the CPU."""
         checkpoint = self.resolve(which)
@@ -156,6 +186,19 @@ class Run:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+LARGE = 2 * 2**30
+"""Bytes above which a checkpoint is not read ahead while another one is measured."""
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes when a file does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Workspace:
@@ -202,6 +245,11 @@ class Workspace:
         return self._loaded
 
     @property
+    def is_large(self) -> bool:
+        """Whether two such checkpoints in memory may be one too many."""
+        return int(getattr(self.checkpoint, "size", 0)) > LARGE
+
+    @property
     def state(self) -> State:
         """Its tensors by the names the file gives them, on the CPU."""
         return self.loaded.state
@@ -230,7 +278,8 @@ class Workspace:
         """A sentence naming the first tensor that holds NaN or infinity, or an empty string."""
         for name, tensor in self.state.items():
             if tensor.is_floating_point() or tensor.is_complex():
-                bad = int((~tensor.isfinite()).sum())
+                values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 knows no isfinite
+                bad = int((~values.isfinite()).sum())
                 if bad:
                     return f"{name!r} holds {bad} values that are NaN or infinite (of {tensor.numel()})"
         return ""

@@ -40,8 +40,10 @@ def interpolation_axis(n: int, span: float) -> Floats:
     span 1, that is [−0.5, 1.5], from 51 to 53.
 
     Raises:
-        ValueError: If span is below ½, or is no simple fraction.
+        ValueError: If n is below 2, which cannot be both 0 and 1, or span is below ½ or no simple fraction.
     """
+    if n < 2:
+        raise ValueError(f"a path between two checkpoints needs at least 2 points, not {n}.")
     if not span >= 0.5 or not math.isfinite(span):
         raise ValueError(f"a path between two checkpoints needs a span of at least 0.5, not {span:g}.")
     for steps in itertools.count(max(1, math.ceil((n - 1) / (2 * span) - 1e-9))):

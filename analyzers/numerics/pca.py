@@ -1,13 +1,14 @@
 """The plane a run of checkpoints lies in: PCA of a trajectory too long to hold in memory.
 
 The matrix M has one row θ_i − θ_n per checkpoint (Li et al. 2018, §7.1), so its Gram matrix M Mᵀ is small
-however large the model: it is summed over blocks of checkpoints and over parameters, in float64.
+however large the model: it is summed over blocks of parameters, in float64.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,12 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]
 Load = Callable[[int], Weights]
 Center = Literal["last", "mean"]
+Piece = tuple[str, int, int]  # a tensor's name, and where in it a run of entries starts and stops
+
+HELD_BYTES = 256 * 2**20
+"""Of weights in their own dtype, kept at once while inner products are summed."""
+FLOAT64_BYTES = 64 * 2**20
+"""Of one block of differences in float64."""
 
 
 @dataclass(frozen=True)
@@ -41,56 +48,99 @@ class TrajectoryPCA:
 
 
 def trajectory_gram(
-    load: Load, n_rows: int, reference: Weights, names: Sequence[str], *, block: int | None = None
+    load: Load, n_rows: int, reference: Weights, names: Sequence[str], *, held: int | None = None
 ) -> NDArray[np.float64]:
     """Inner products G_ij = ⟨θ_i − r, θ_j − r⟩ over the named tensors, in float64.
 
-    Holds at most 2 `block` checkpoints; with every pair of blocks visited, checkpoint i is loaded about
-    n_rows / (2 block) times. The subtraction is done in float64: the difference of two float32 weights
-    need not be a float32 number.
+    Goes through the parameters in bands: of each checkpoint, one at a time, the band is copied into a buffer,
+    so that all are loaded once per band. In memory at once: the buffer of `held` bytes, in the checkpoints'
+    own dtype (the widest, if they have several), one checkpoint, and `FLOAT64_BYTES` of differences. The
+    subtraction is done in float64: the difference of two float32 weights need not be a float32 number.
 
     Args:
         load: i ↦ state of checkpoint i (name → tensor).
         n_rows: How many checkpoints.
         reference: State that is subtracted from each, r.
         names: Which tensors count.
-        block: Checkpoints per block; as many as a gigabyte holds when None.
+        held: Bytes of the buffer; when None, 256 MiB, or what four checkpoints take where that is more.
 
     Returns:
         G, shape (n_rows, n_rows), symmetric.
     """
-    if block is None:
-        size = sum(reference[name].numel() * reference[name].element_size() for name in names)
-        block = max(1, min(n_rows, int(5e8 / max(size, 1))))
-    gram = np.zeros((n_rows, n_rows))
-    starts = range(0, n_rows, block)
-    for first in starts:
-        rows = range(first, min(first + block, n_rows))
-        states = [load(i) for i in rows]
-        gram[rows.start : rows.stop, rows.start : rows.stop] = _products(states, states, reference, names)
-        for second in starts:
-            if second <= first:
-                continue
-            columns = range(second, min(second + block, n_rows))
-            others = [load(i) for i in columns]
-            product = _products(states, others, reference, names)
-            gram[rows.start : rows.stop, columns.start : columns.stop] = product
-            gram[columns.start : columns.stop, rows.start : rows.stop] = product.T
+    if held is None:
+        held = max(HELD_BYTES, 4 * sum(reference[name].nbytes for name in names))
+    dtype = functools.reduce(torch.promote_types, {reference[name].dtype for name in names})
+    size = sum(reference[name].numel() for name in names)
+    width = min(size, max(1, held // (max(n_rows, 1) * dtype.itemsize)))
+    buffer = torch.empty((n_rows, width), dtype=dtype, device=reference[names[0]].device)
+    total = torch.zeros((n_rows, n_rows), dtype=torch.float64)
+    for band in _bands(reference, names, width):
+        for i, row in enumerate(buffer):
+            _copy(load(i), band, row)
+        origin = torch.cat([_cut(reference, piece).to(dtype) for piece in band])
+        columns = zip(
+            torch.split(buffer[:, : len(origin)], _width(n_rows), 1),
+            torch.split(origin, _width(n_rows)),
+            strict=True,
+        )
+        for rows, part in columns:
+            total += _products(rows, part)
+    gram: NDArray[np.float64] = ((total + total.T) / 2).numpy()
     return gram
 
 
-def _products(
-    left: Sequence[Weights], right: Sequence[Weights], reference: Weights, names: Sequence[str]
-) -> NDArray[np.float64]:
-    total = torch.zeros((len(left), len(right)), dtype=torch.float64)
+def _products(rows: Tensor, origin: Tensor) -> Tensor:
+    block = _differences(rows, origin)
+    return (block @ block.T).cpu()
+
+
+def _differences(rows: Tensor, origin: Tensor) -> Tensor:
+    """Rows less the origin in float64; promotion makes no float64 copy of the rows themselves."""
+    return rows - origin.double()
+
+
+def _width(n_rows: int) -> int:
+    """Columns of a float64 block with so many rows."""
+    return max(1, FLOAT64_BYTES // (8 * max(n_rows, 1)))
+
+
+def _pieces(reference: Weights, names: Sequence[str], width: int) -> Iterator[Piece]:
+    """All entries of the named tensors, at most `width` at a time."""
     for name in names:
-        origin = reference[name].detach().double().flatten()
-        rows = torch.stack([state[name].detach().double().flatten() for state in left]) - origin
-        columns = rows
-        if right is not left:
-            columns = torch.stack([state[name].detach().double().flatten() for state in right]) - origin
-        total += (rows @ columns.T).cpu()
-    return total.numpy()
+        size = reference[name].numel()
+        for start in range(0, size, width):
+            yield name, start, min(start + width, size)
+
+
+def _bands(reference: Weights, names: Sequence[str], width: int) -> Iterator[list[Piece]]:
+    """The same in lists that have `width` entries together, the last one the rest."""
+    band: list[Piece] = []
+    free = width
+    for name in names:
+        start, size = 0, reference[name].numel()
+        while start < size:
+            stop = min(start + free, size)
+            band.append((name, start, stop))
+            free -= stop - start
+            start = stop
+            if not free:
+                yield band
+                band, free = [], width
+    if band:
+        yield band
+
+
+def _cut(state: Weights, piece: Piece) -> Tensor:
+    name, start, stop = piece
+    return state[name].detach().flatten()[start:stop]
+
+
+def _copy(state: Weights, band: Sequence[Piece], row: Tensor) -> None:
+    place = 0
+    for piece in band:
+        cut = _cut(state, piece)
+        row[place : place + len(cut)].copy_(cut)
+        place += len(cut)
 
 
 def principal_axes(
@@ -190,15 +240,18 @@ def axis_directions(
     """
     n_rows, n_components = pca.mixing.shape
     axes = [
-        {name: torch.zeros_like(reference[name], dtype=torch.float64) for name in names}
+        {
+            name: torch.zeros(reference[name].shape, dtype=torch.float64, device=reference[name].device)
+            for name in names
+        }
         for _ in range(n_components)
     ]
     for i in range(n_rows):
         state = load(i)
-        for name in names:
-            row = state[name].detach().double() - reference[name].detach().double()
+        for piece in _pieces(reference, names, _width(1)):
+            row = _difference(state, reference, piece)
             for axis, weight in zip(axes, pca.mixing[i], strict=True):
-                axis[name].add_(row, alpha=float(weight))
+                _cut(axis, piece).add_(row, alpha=float(weight))
     return axes
 
 
@@ -239,28 +292,34 @@ def project(
     """
     count = len(directions)
     gram, product = np.zeros((count, count)), np.zeros(count)
-    for name in names:
-        rows = _stacked(directions, name, reference[name])
+    pieces = list(_pieces(reference, names, _width(count + 1)))
+    for piece in pieces:
+        rows, row = _stacked(directions, piece, reference), _difference(point, reference, piece)
         gram += (rows @ rows.T).cpu().numpy()
-        product += (rows @ _difference(point, reference, name)).cpu().numpy()
+        product += (rows @ row).cpu().numpy()
     scale = np.sqrt(np.diag(gram))
     if not (scale > 0).all() or np.linalg.cond(gram / np.outer(scale, scale)) > 1e12:
         raise ValueError("These directions span no plane: one is zero, or they are parallel.")
     coordinate = np.linalg.solve(gram / np.outer(scale, scale), product / scale) / scale
     left = whole = 0.0
     weights = torch.from_numpy(coordinate)
-    for name in names:
-        row = _difference(point, reference, name)
-        rest = row - weights.to(row.device) @ _stacked(directions, name, reference[name])
+    for piece in pieces:
+        row = _difference(point, reference, piece)
+        rest = row - weights.to(row.device) @ _stacked(directions, piece, reference)
         left += float(rest @ rest)
         whole += float(row @ row)
     return Projection(coordinate, math.sqrt(left), math.sqrt(whole))
 
 
-def _difference(point: Weights, reference: Weights, name: str) -> Tensor:
-    return (point[name].detach().double() - reference[name].detach().double()).flatten()
+def _difference(point: Weights, reference: Weights, piece: Piece) -> Tensor:
+    return _differences(_cut(point, piece), _cut(reference, piece))
 
 
-def _stacked(directions: Sequence[Weights], name: str, like: Tensor) -> Tensor:
-    zero = torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
-    return torch.stack([d[name].detach().double().flatten() if name in d else zero for d in directions])
+def _stacked(directions: Sequence[Weights], piece: Piece, reference: Weights) -> Tensor:
+    """Rows of the directions in float64, zero where one lacks the tensor."""
+    like = _cut(reference, piece)
+    rows = torch.zeros((len(directions), len(like)), dtype=torch.float64, device=like.device)
+    for row, direction in zip(rows, directions, strict=True):
+        if piece[0] in direction:
+            row.copy_(_cut(direction, piece))
+    return rows

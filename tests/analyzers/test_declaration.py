@@ -162,3 +162,45 @@ def test_a_measurement_is_the_dictionary_it_was_given_with_its_evidence():
     )
     assert measurement == {"norm": 1.0}
     assert (measurement.converged, measurement.reason, measurement.spent) == (False, "stopped", {"hvps": 3})
+
+
+@pytest.mark.parametrize("name", ["status", "step", "run", "path_a", "key", "notes"])
+def test_a_variable_may_not_have_the_name_of_a_label(name):
+    with pytest.raises(DeclarationError, match="label of every result"):
+
+        @analyzer(returns={name: Var((), "", "Something")})
+        def wrong(state):
+            """One line."""
+
+
+def test_an_option_without_a_type_is_refused():
+    with pytest.raises(DeclarationError, match="needs a type"):
+
+        @analyzer(returns=NORM)
+        def wrong(state, *, order=3):
+            """One line.
+
+            Args:
+                order: Which.
+            """
+
+
+@pytest.mark.parametrize("labels", [[1.0, 1.0, 2.0], [0.0, np.nan, 1.0]])
+def test_a_coordinate_must_tell_its_entries_apart(labels):
+    with pytest.raises(DeclarationError, match="coordinate x"):
+        labelled(_surface(), {"x": np.array(labels), "loss": np.zeros(3)})
+
+
+def test_any_heading_ends_the_help_of_an_option():
+    @analyzer(returns=NORM)
+    def weight_norm(state, *, order: int = 2):
+        """Norm of the weights.
+
+        Args:
+            order: Which norm.
+
+        Warning:
+            Not this.
+        """
+
+    assert declaration_of(weight_norm).options[0].help == "Which norm."

@@ -559,12 +559,32 @@ def test_a_plain_loss_function_will_do() -> None:
         ({"resolution": "5x5x5"}, "51x31"),
         ({"resolution": "5x3", "dims": 1}, "Try 5"),
         ({"span": -1.0}, "must be positive"),
+        ({"convexity": True, "convexity_resolution": 4}, "use 3 or 5"),
+        ({"convexity_resolution": 5}, "Add --convexity"),
+        ({"metrics": "foo"}, "loss,accuracy"),
+        ({"directions": "to:"}, "to:CHECKPOINT"),
+        ({"resolution": "\u00b3"}, "51x31"),
+        ({"adaptive": float("inf")}, "no relative error"),
+        ({"seed": -1}, "whole number from 0"),
     ],
 )
 def test_options_that_cannot_be_followed_say_what_to_do(options: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         landscape(trained(), BATCHES, CROSS_ENTROPY, **options)
     assert message in f"{caught.value} {getattr(caught.value, 'tip', '')}"
+
+
+def test_random_directions_never_touch_the_run() -> None:
+    run = FakeRun([trained()])
+    landscape(trained(), BATCHES, CROSS_ENTROPY, run=run, resolution="3")
+    assert run.calls == 0
+
+
+def test_a_path_to_broken_weights_is_refused_by_name() -> None:
+    broken = trained()
+    broken[5].bias.data[0] = torch.nan
+    with pytest.raises(OptionError, match="NaN or infinity"):
+        landscape(trained(), BATCHES, CROSS_ENTROPY, run=FakeRun([broken]), directions="to:last")
 
 
 def make_run(models: list[nn.Module]) -> Run:

@@ -197,7 +197,8 @@ def test_a_group_gets_all_its_runs():
         last = [float(r.state("last")["weight"].norm()) for r in runs]
         return {"norm": sum(last) / len(last)}
 
-    unit = group_unit([make_run([1.0, 2.0], "a"), make_run([1.0, 4.0], "b")])
+    chosen = [(r, r.checkpoints) for r in (make_run([1.0, 2.0], "a"), make_run([1.0, 4.0], "b"))]
+    unit = group_unit(chosen)
     assert values_of(measure(job(mean_norm), [unit], MemoryStore())) == [3]
 
 
@@ -279,3 +280,123 @@ def test_options_that_cannot_be_followed_stop_the_call_at_the_first_piece():
     run = make_run([1.0, 2.0])
     with pytest.raises(OptionError, match="even"):
         list(measure(job(picky), checkpoint_units(run, run.checkpoints), MemoryStore()))
+
+
+def test_a_group_sees_only_the_checkpoints_that_were_chosen():
+    @analyzer(returns={"norm": Var((), "1", "Number of checkpoints")})
+    def count(runs):
+        """Count."""
+        return {"norm": float(sum(len(r) for r in runs))}
+
+    run = make_run([1.0, 2.0, 3.0])
+    assert values_of(measure(job(count), [group_unit([(run, run.checkpoints[-1:])])], MemoryStore())) == [1]
+
+
+def test_an_incomplete_run_is_measured_again_when_the_broken_checkpoint_is_gone():
+    @analyzer(returns={"norm": Var(("checkpoint",), "1", "Norm")})
+    def path(checkpoints):
+        """Path."""
+        return {"norm": [float(w.state["weight"].norm()) for w in checkpoints]}
+
+    run, store = make_run([1.0, 2.0, 3.0], broken=[1]), MemoryStore()
+    ((first, _),) = measure(job(path), [run_unit(run, run.checkpoints)], store)
+    sound = [c for c in run.checkpoints if not c.broken]
+    ((second, stored),) = measure(job(path), [run_unit(run, sound)], store)
+    assert (first.status, second.status, stored) == ("incomplete", "ok", False)
+
+
+def test_equal_weights_at_two_steps_are_two_measurements_where_the_step_matters():
+    @analyzer(returns=NORM)
+    def twice(step, state):
+        """Twice the step."""
+        return {"norm": 2.0 * step}
+
+    run = make_run([1.0, 1.0])
+    assert values_of(measure(job(twice), checkpoint_units(run, run.checkpoints), MemoryStore())) == [0, 2]
+
+
+def test_what_was_measured_before_is_part_of_the_key_of_what_builds_on_it():
+    @analyzer(returns=NORM)
+    def change(state, previous):
+        """Change."""
+        return {"norm": state["weight"].item() - (0.0 if previous is None else float(previous["norm"]))}
+
+    run, store = make_run([1.0, 3.0, 10.0]), MemoryStore()
+    assert values_of(measure(job(change), checkpoint_units(run, run.checkpoints), store)) == [1, 2, 8]
+    again = measure(job(change), checkpoint_units(run, [run.checkpoints[0], run.checkpoints[2]]), store)
+    assert values_of(again) == [1, 9]
+
+
+def test_a_broken_checkpoint_elsewhere_in_the_run_does_not_stop_those_that_read_it():
+    @analyzer(returns=NORM, reads=lambda options: ["all"])
+    def relative(state, run):
+        """Norm."""
+        return {"norm": state["weight"].item()}
+
+    run = make_run([1.0, 2.0], broken=[1])
+    assert values_of(measure(job(relative), checkpoint_units(run, run.checkpoints[:1]), MemoryStore())) == [1]
+
+
+def test_fresh_forgets_the_parts_of_a_piece():
+    cleared = []
+
+    class Store(MemoryStore):
+        def partial(self, key):
+            partial = super().partial(key)
+            partial.clear = lambda: cleared.append(key)
+            return partial
+
+    run = make_run([1.0])
+    fresh = job(norm)
+    fresh.fresh = True
+    list(measure(fresh, checkpoint_units(run, run.checkpoints), Store()))
+    assert len(cleared) == 1
+
+
+def test_pieces_that_could_not_be_stacked_stop_the_call_when_they_are_met():
+    @analyzer(returns={"norm": Var(("x",), "1", "Norm", alternatives=((),))})
+    def fickle(step):
+        """Norm."""
+        return {"norm": [1.0, 2.0] if step else 1.0}
+
+    run = make_run([1.0, 2.0])
+    with pytest.raises(DeclarationError, match=r"has dimensions \('x',\) here and \(\) before"):
+        list(measure(job(fickle), checkpoint_units(run, run.checkpoints), MemoryStore()))
+
+
+@pytest.mark.parametrize("returned", [None, 3.0])
+def test_returning_no_dictionary_is_said(returned):
+    @analyzer(returns=NORM)
+    def wrong(state):
+        """Norm."""
+        return returned
+
+    run = make_run([1.0])
+    with pytest.raises(DeclarationError, match="not a dictionary"):
+        list(measure(job(wrong), checkpoint_units(run, run.checkpoints), MemoryStore()))
+
+
+def test_a_float8_checkpoint_is_measured():
+    run = make_run([1.0])
+    run.checkpoints[0].load = lambda: Loaded({"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "8")
+
+    @analyzer(returns=NORM)
+    def count(state):
+        """Count."""
+        return {"norm": float(state["weight"].numel())}
+
+    assert values_of(measure(job(count), checkpoint_units(run, run.checkpoints), MemoryStore())) == [4]
+
+
+def test_complex_parameters_keep_their_imaginary_part():
+    class Phase(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64) * 1j)
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+    run = make_run([1.0])
+    run.setup.make_model, run.setup.dtype = Phase, torch.float64
+    model = run.setup.model()
+    assert model.turn.imag.tolist() == [1, 1]
+    assert model.weight.dtype == torch.float64

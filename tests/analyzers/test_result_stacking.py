@@ -248,3 +248,9 @@ def test_select_keeps_the_chosen_pieces_and_the_coordinates() -> None:
     assert odd["v"].ravel().tolist() == [1, 3]
     assert odd["layer"].tolist() == ["fc"]
     assert result.select(np.array([2, 0]))["step"].tolist() == [2, 0]
+
+
+def test_a_mask_of_the_wrong_length_is_refused() -> None:
+    pieces = [Piece(str(i), {"step": i}, {"v": Array((), np.array(1.0))}) for i in range(3)]
+    with pytest.raises(ValueError, match="1 truth values for 3 entries of checkpoint"):
+        stack("norm", "checkpoint", pieces, {}).select(np.array([True]))

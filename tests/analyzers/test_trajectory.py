@@ -203,6 +203,17 @@ def test_a_run_without_a_path_is_refused(rows: np.ndarray) -> None:
         trajectory(run_of(rows), data(), CROSS_ENTROPY)
 
 
+@pytest.mark.parametrize("options", [
+    {"grid": 2}, {"seed": -1}, {"normalize": "none"}, {"ignore_1d": False},
+    {"plane": "landscape", "components": 3}, {"plane": "landscape", "center": "mean"},
+])  # fmt: skip
+def test_options_without_effect_or_sense_are_refused_before_any_checkpoint_is_read(options: dict) -> None:
+    run = run_of(walk())
+    with pytest.raises(OptionError):
+        trajectory(run, data(), CROSS_ENTROPY, **options)
+    assert run.reads == 0
+
+
 def test_nan_checkpoint_is_named_when_called_without_the_framework() -> None:
     rows = walk()
     rows[2, 3] = np.nan

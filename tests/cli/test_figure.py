@@ -246,7 +246,7 @@ def test_chance_is_ln_c_for_a_cross_entropy_and_absent_for_another_loss() -> Non
     assert any(abs(v - np.log(10)) < 1e-12 for v in contour_levels(panels(figure)[0]))
     other = landscape(attributes={"n_classes": 10, "measured_on": {"loss": "mse"}})
     assert not any("chance" in t for t in legend(figure_of(other, LANDSCAPE)))
-    per_run = [{"loss": "mse"}, {"loss": "cross_entropy"}]
+    per_run = {"a": {"loss": "mse"}, "b": {"loss": "cross_entropy"}}
     mixed = landscape(attributes={"n_classes": 10, "measured_on": {"of each run": per_run}})
     assert not any("chance" in t for t in legend(figure_of(mixed, LANDSCAPE)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from figure_samples import (
     LANDSCAPE,
     THIRTEEN,
@@ -20,6 +21,7 @@ from figure_samples import (
 from dynprobe.analyzers.core.contract import Bands, Heatmap, Lines
 from dynprobe.analyzers.core.result import Array
 from dynprobe.cli.figure import figure_of
+from dynprobe.io.errors import InputError
 
 
 def test_a_cut_has_a_log_panel_for_the_loss_and_a_linear_one_for_the_accuracy() -> None:
@@ -147,3 +149,17 @@ def test_a_heat_map_over_the_steps_is_one_panel_with_grey_where_a_piece_failed()
     figure = figure_of(series(failed=(200,)), declared(Heatmap("eigenvalue", x="step", y="rank", log_z=True)))
     assert len(panels(figure)) == 1
     assert "grey: not finite" in footnote(figure)
+
+
+def test_a_cut_without_any_value_says_so() -> None:
+    nothing = cut(height=lambda x, _y, _step: np.full_like(x, np.nan))
+    with pytest.raises(InputError, match="loss has no value in any piece"):
+        figure_of(nothing, LANDSCAPE)
+
+
+def test_a_cut_whose_loss_alone_has_no_value_still_shows_the_accuracy() -> None:
+    result = cut(height=lambda x, _y, _step: np.full_like(x, np.nan), extra={"accuracy": ACCURACY})
+    assert [panel.get_ylabel() for panel in panels(figure_of(result, LANDSCAPE))] == ["Loss (nat)", "Accuracy"]
+
+
+ACCURACY = Array(("x",), np.linspace(0, 1, 21), "", "Accuracy")

@@ -257,8 +257,8 @@ def test_a_shard_that_does_not_exist_is_a_usage_error(folder, capsys, shard):
     assert "0 to N-1" in err
 
 
-def finished(folder: Path) -> int:
-    return len(list((folder / "dynprobe-run.h5.pieces").rglob("*.h5")))
+def finished(folder: Path, report: str = "dynprobe-run.h5") -> int:
+    return len(list((folder / f"{report}.pieces").rglob("*.h5")))
 
 
 def wait_until(condition, seconds=30.0):
@@ -364,3 +364,78 @@ def test_a_surface_killed_for_real_keeps_its_rows_and_ends_as_if_never_killed(fo
     np.testing.assert_array_equal(killed["loss"], whole["loss"])
     again = killed["forwards"] - whole["forwards"]
     assert 0 <= again <= 3, "each new start evaluates the centre once more, and nothing else"
+
+
+def test_worker_processes_take_paths_from_stdin_and_from_a_folder_that_grows(folder):
+    process = started(*NORM[:2], "-", "--workers", "2", "--format", "csv", stdin=subprocess.PIPE)
+    out, err = process.communicate("run/step_0.safetensors\nrun/step_5.safetensors\n")
+    assert process.returncode == 0, err
+    assert out.count("\n") == 3
+    process = started(*NORM, "--workers", "2", "--sleep", "0.1", "-o", "grows.h5")
+    wait_until(lambda: finished(folder, "grows.h5") >= 1)
+    save_file(model_state(3), folder / "run" / "step_3.safetensors")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert read_report(folder / "grows.h5")["weight-norm"]["step"].tolist() == list(STEPS)
+
+
+def test_an_edited_model_or_loss_file_is_measured_anew(folder, capsys):
+    (folder / "loss.py").write_text(
+        "from torch.nn.functional import cross_entropy\n\n"
+        "def loss(outputs, targets):\n    return 1 * cross_entropy(outputs, targets)\n"
+    )
+    command = (*SMALL, "--steps", "last", "--loss", "loss.py:loss", "--metrics", "loss")
+    assert dynprobe(capsys, *command)[0] == 0
+    text = (folder / "loss.py").read_text().replace("1 *", "5 *")
+    (folder / "loss.py").write_text(text)
+    process = started(*command)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "loss was loss.py:loss [" in err
+
+
+def test_what_an_analyzer_prints_does_not_reach_stdout(folder, capsys):
+    text = MINE.replace("    time.sleep(sleep)", "    print('here')")
+    (folder / "mine.py").write_text(text)
+    code, out, err = dynprobe(capsys, *NORM, "--steps", "0", "--format", "json")
+    assert code == 0
+    assert json.loads(out)
+    assert "here" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_here\n", "mine.py, line 1: ModuleNotFoundError"),
+        ("def (\n", "mine.py, line 1: SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_the_line(folder, capsys, text, message):
+    (folder / "mine.py").write_text(text)
+    code, out, err = dynprobe(capsys, *NORM)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_model_that_cannot_run_is_a_failure_of_each_checkpoint_and_no_traceback(folder, capsys):
+    (folder / "net.py").write_text(
+        "from dynprobe.io.nets import *\nimport torch\n\n"
+        "def broken():\n"
+        "    from dynprobe.io.models import build_model\n"
+        "    from dynprobe.io.spec import Spec\n"
+        "    net = build_model(Spec('builtin:mlp', {'inputs': 64, 'width': 8, 'depth': 2, 'classes': 10}))\n"
+        "    net.forward = lambda inputs: 1 / 0\n"
+        "    return net\n"
+    )
+    command = (*SMALL, "--model", "net.py:broken", "--steps", "0,1")
+    code, _, err = dynprobe(capsys, *command)
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "Traceback" not in err
+    assert dynprobe(capsys, *command, "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize("options", [("--workers", "0"), ("--batch-size", "0"), ("--shard", "²/3")])
+def test_numbers_that_mean_nothing_are_usage_errors(folder, capsys, options):
+    code, out, _ = dynprobe(capsys, *SMALL, *options)
+    assert (code, out) == (2, "")

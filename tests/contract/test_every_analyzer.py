@@ -114,7 +114,7 @@ def units_of(declaration, run):
         "checkpoint": lambda: checkpoint_units(run, [first, last]),
         "pair": lambda: [pair_unit(run, first, run, last)],
         "run": lambda: [run_unit(run, run.checkpoints)],
-        "group": lambda: [group_unit([run, make_run("other", seed=1)])],
+        "group": lambda: [group_unit([(r, r.checkpoints) for r in (run, make_run("other", seed=1))])],
     }[declaration.grain]()
 
 

@@ -71,7 +71,7 @@ def test_pieces_of_one_report_and_two_analyzers_stay_apart(tmp_path: Path) -> No
     one, other = (PieceStore(tmp_path / "r.h5", name) for name in ("hessian", "landscape"))
     one.put(piece(1))
     assert other.get(piece(1).key) is None
-    one.clear()
+    one.clear([piece(1).key])
     other.put(piece(1))
     assert other.has(piece(1).key)
     assert not one.has(piece(1).key)
@@ -157,7 +157,7 @@ def test_clear_leaves_no_folder_behind_and_other_pieces_alone(store: PieceStore)
     store.clear([piece(0).key])
     assert sorted(store.pieces()) == [piece(1).key, piece(2).key]
     assert store.partial("unfinished").get("row") is not None
-    store.clear()
+    store.clear([piece(1).key, piece(2).key, "unfinished"])
     assert not store.folder.parent.exists()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dynprobe.analyzers.numerics import pca as pca_module
 from dynprobe.analyzers.numerics.pca import (
     axis_directions,
     principal_axes,
@@ -41,8 +44,10 @@ def analysed(states: list[dict[str, Tensor]], n_components: int = 2, **options):
     return pca, axis_directions(states.__getitem__, pca, last, NAMES)
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 9, None])
-def test_gram_is_the_same_in_blocks_of_any_size(block: int | None) -> None:
+@pytest.mark.parametrize(
+    ("held", "passes"), [(1, 20), (9 * 8 * 4, 5), (9 * 8 * 7, 3), (9 * 8 * 20, 1), (None, 1)]
+)
+def test_gram_is_the_same_in_bands_of_any_size(held: int | None, passes: int) -> None:
     matrix = trajectory()
     loads: list[int] = []
     states = states_of(matrix)
@@ -51,12 +56,73 @@ def test_gram_is_the_same_in_blocks_of_any_size(block: int | None) -> None:
         loads.append(i)
         return states[i]
 
-    gram = trajectory_gram(load, 9, states[-1], NAMES, block=block)
+    gram = trajectory_gram(load, 9, states[-1], NAMES, held=held)
     rows = matrix - matrix[-1]
     np.testing.assert_allclose(gram, rows @ rows.T, rtol=1e-12, atol=1e-12)
     assert np.array_equal(gram, gram.T)
-    if block is None:
-        assert loads == list(range(9))
+    assert loads == list(range(9)) * passes
+
+
+class Counted(dict):
+    """A checkpoint that can be watched while it is in memory."""
+
+    __hash__ = object.__hash__
+
+
+def test_however_long_the_run_one_checkpoint_is_in_memory_and_the_rest_is_bounded(monkeypatch) -> None:
+    """A hundred checkpoints once took three float64 copies of the largest tensor of every one of them."""
+    matrix = trajectory(30, 400)
+    watched: weakref.WeakSet[Counted] = weakref.WeakSet()
+    alive: list[int] = []
+    blocks: list[int] = []
+    held: set[int] = set()
+
+    def load(i: int) -> Counted:
+        state = Counted(states_of(matrix[i : i + 1], torch.float32)[0])
+        gc.collect()
+        alive.append(sum(1 for _ in watched))
+        watched.add(state)
+        return state
+
+    def difference(rows, origin):
+        block = whole(rows, origin)
+        blocks.append(block.nbytes)
+        return block
+
+    def copy(state, band, row):
+        held.add(row.untyped_storage().nbytes())
+        copied(state, band, row)
+
+    whole, copied = pca_module._differences, pca_module._copy
+    monkeypatch.setattr(pca_module, "FLOAT64_BYTES", 30 * 8 * 25)
+    monkeypatch.setattr(pca_module, "_differences", difference)
+    monkeypatch.setattr(pca_module, "_copy", copy)
+    reference = states_of(matrix[-1:], torch.float32)[0]
+    gram = trajectory_gram(load, 30, reference, NAMES, held=30 * 4 * 100)
+    exact = matrix.astype(np.float32).astype(np.float64)
+    rows = exact - exact[-1]
+    np.testing.assert_allclose(gram, rows @ rows.T, rtol=1e-12, atol=1e-10)
+    assert len(alive) == 4 * 30
+    assert max(alive) == 0  # no other is left when one is loaded
+    assert held == {30 * 4 * 100}
+    assert max(blocks) <= 30 * 8 * 25
+
+    blocks.clear()
+    pca = principal_axes(gram, 2)
+    axes = axis_directions(load, pca, reference, NAMES)
+    project(load(0), reference, axes, NAMES)
+    assert max(blocks) <= 30 * 8 * 25
+    np.testing.assert_allclose([flat(a) @ flat(a) for a in axes], 1.0)
+
+
+def test_tensors_of_several_dtypes_are_held_in_the_widest() -> None:
+    matrix = trajectory()
+    states = [{"a": s["a"].bfloat16(), "b": s["b"].float()} for s in states_of(matrix)]
+    exact = np.stack([flat({name: s[name].double() for name in NAMES}) for s in states])
+    rows = exact - exact[-1]
+    for held in (None, 9 * 4 * 7):
+        gram = trajectory_gram(states.__getitem__, 9, states[-1], NAMES, held=held)
+        np.testing.assert_allclose(gram, rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
 def test_axes_and_explained_variance_equal_the_svd_of_the_rows() -> None:
