@@ -99,7 +99,7 @@ class Assembly:
             from_far = row[f"{prefix}loss_difference_stderr"][1 + i]
             self.values[f"{prefix}barrier"] = np.maximum(curve[peak], higher_end) - higher_end
             self.values[f"{prefix}barrier_stderr"] = error[peak] if curve[start] >= curve[end] else from_far
-            self.values[f"{prefix}barrier_at"] = x[peak]
+            self.values[f"{prefix}barrier_at"] = x[peak] if np.isfinite(curve[between]).all() else np.nan
 
     def add_convexity(self, rows: Table, x: Floats, y: Floats, *, frozen: bool, n_planes: int) -> None:
         """The convexity map, and the curvature of the slice, which costs nothing."""

@@ -119,7 +119,12 @@ class Request:
         "float32", "--dtype", panel=HOW, needs="model", help="Floating-point type of model and data."
     )
     seed: int = _option(
-        0, "--seed", panel=HOW, needs="random", help="Seed of everything random: subset, directions, probes."
+        0,
+        "--seed",
+        min=0,
+        panel=HOW,
+        needs="random",
+        help="Seed of everything random: subset, directions, probes.",
     )
     workers: int = _option(1, "--workers", min=1, panel=HOW, help="Processes on this machine.")
     threads: int | None = _option(

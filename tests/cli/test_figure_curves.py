@@ -159,7 +159,10 @@ def test_a_cut_without_any_value_says_so() -> None:
 
 def test_a_cut_whose_loss_alone_has_no_value_still_shows_the_accuracy() -> None:
     result = cut(height=lambda x, _y, _step: np.full_like(x, np.nan), extra={"accuracy": ACCURACY})
-    assert [panel.get_ylabel() for panel in panels(figure_of(result, LANDSCAPE))] == ["Loss (nat)", "Accuracy"]
+    assert [panel.get_ylabel() for panel in panels(figure_of(result, LANDSCAPE))] == [
+        "Loss (nat)",
+        "Accuracy",
+    ]
 
 
 ACCURACY = Array(("x",), np.linspace(0, 1, 21), "", "Accuracy")
