@@ -109,7 +109,8 @@ def test_what_is_no_checkpoint_is_left_out_and_said(run_folder):
     (run_folder / "step_5.pt.tmp").write_text("x")
     run = open_one(run_folder)
     assert steps(run) == [0, 2, 9, 10, 100]
-    assert any("left out 3 without weights" in note and "optimizer.pt" in note for note in run.notes)
+    assert any("left out 2 without weights" in note and "optimizer.pt" in note for note in run.notes)
+    assert run.warnings == ["left out 1 without weights: step_3_meta.pt"], "it looks like a checkpoint"
 
 
 def test_huggingface_run_with_its_final_model_in_the_root(tmp_path):
