@@ -190,6 +190,10 @@ def _with_earlier(
         if older is None or differences(request, plan, report, older):
             return summarised(declaration, measured)
         there, here = Part.of(older, report), Part.of(measured, report, pieces)
+        # A file that was damaged after it was measured does not take its numbers with it.
+        good = {there.place(p) for p in there.pieces if p.status != FAILED}
+        sound = [p for p in here.pieces if p.status != FAILED or here.place(p) not in good]
+        here = Part(sound, here.folders, here.facts)
         kept = kept_beside(there, here)
         if not kept:
             return summarised(declaration, measured)

@@ -439,3 +439,14 @@ def test_a_model_that_cannot_run_is_a_failure_of_each_checkpoint_and_no_tracebac
 def test_numbers_that_mean_nothing_are_usage_errors(folder, capsys, options):
     code, out, _ = dynprobe(capsys, *SMALL, *options)
     assert (code, out) == (2, "")
+
+
+def test_a_file_damaged_after_it_was_measured_is_a_failure_but_its_numbers_stay_in_the_report(folder, capsys):
+    assert dynprobe(capsys, *NORM)[0] == 0
+    before = read_report(folder / "dynprobe-run.h5")["weight-norm"]["norm"]
+    victim = folder / "run" / "step_50.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    code, out, _ = dynprobe(capsys, *NORM)
+    assert code == 1
+    assert "failed" in out
+    np.testing.assert_array_equal(read_report(folder / "dynprobe-run.h5")["weight-norm"]["norm"], before)
