@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from end_to_end import dynprobe
 from safetensors.torch import save_file
 
-from dynprobe.cli.app import main
 from dynprobe.io.report import read_report
 
 MANIFEST = """
@@ -72,21 +72,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "run" / "dynprobe.toml").write_text(MANIFEST)
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
-
-
-def dynprobe(capsys, *argv: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    before = sys.argv
-    sys.argv = ["dynprobe", *map(str, argv)]
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def started(*argv: str, **kwargs) -> subprocess.Popen:
