@@ -196,7 +196,7 @@ def _entry_labels(result: Result, dim: str, size: int) -> list[str]:
 def _cell(value: Any, error: float) -> str:
     if isinstance(value, np.ndarray):
         low, high = _range(value)
-        return f"{number(low)} … {number(high)}"
+        return number(low) if low != low else f"{number(low)} … {number(high)}"  # NaN: nothing is known
     return with_error(value, error) if isinstance(value, float) else number(value)
 
 
