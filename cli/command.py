@@ -83,7 +83,7 @@ _HINTS = _hints()
 
 def _applies(declaration: Declaration, needs: str) -> bool:
     """Whether a shared option means anything to this analyzer: no option is accepted and ignored."""
-    model = declaration.wants("model") or declaration.grain in ("run", "group")
+    model = declaration.builds_model(available=True)
     batches = declaration.wants("batches")
     special = {
         "": True,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.analyzers.core.loop import piece_key
 from dynprobe.analyzers.core.result import tidy
-from dynprobe.cli.plain_table import print_rows
+from dynprobe.cli.plain_table import print_csv, print_rows
 from dynprobe.cli.run import open_store, report_path
+from dynprobe.io.plain_json import dumps
 
 if TYPE_CHECKING:
     from dynprobe.analyzers.core.loop import Unit
@@ -89,16 +89,11 @@ def _seconds_per_forward(plan: Plan) -> float:
 
 def _show(request: Request, rows: list[dict[str, Any]], cost: dict[str, Any]) -> None:
     if request.format == "json":
-        print(json.dumps({"plan": rows, "cost": cost}, indent=1, default=str))
+        print(dumps({"plan": rows, "cost": cost}, indent=2))
         return
     names = list(dict.fromkeys(n for row in rows for n in row))
     if request.format == "csv":
-        import csv
-        import sys
-
-        writer = csv.DictWriter(sys.stdout, names)
-        writer.writeheader()
-        writer.writerows(rows)
+        print_csv(names, [[row.get(n, "") for n in names] for row in rows])
         return
     numeric = [n for n in names if tidy([row.get(n) for row in rows]).dtype.kind in "if"]
     print_rows(names, [[str(row.get(n, "")) for n in names] for row in rows], right=numeric)

@@ -40,6 +40,7 @@ def set_threads(asked: int | None, plan: Plan) -> None:
         if single < WORTH * _seconds(model, inputs):
             torch.set_num_threads(1)
     except Exception as error:  # the measurement meets it again, and says at which checkpoint
+        torch.set_num_threads(many)
         log.debug("no trial of threads: %s", error)
 
 

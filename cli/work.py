@@ -128,7 +128,6 @@ def _shard(text: str | None, total: int) -> list[int]:
 
 def _check_inputs(declaration: Declaration, prepared: list[PreparedRun], needed: tuple[str, ...]) -> None:
     """Build model, data and loss once per run now: what the user has to mend is said before any compute."""
-    whole_run = declaration.grain in ("run", "group")
     kinds = {"model": "model", "data": "batches", "loss": "loss"}
     for each in prepared:
         each.specs.require([kind for kind, field in kinds.items() if declaration.wants(field)])
@@ -139,7 +138,7 @@ def _check_inputs(declaration: Declaration, prepared: list[PreparedRun], needed:
             _ = setup.test_batches
         if declaration.wants("loss"):
             _ = setup.loss
-        if declaration.wants("model") or (whole_run and each.specs.model is not None):
+        if declaration.builds_model(available=setup.has_model):
             setup.model()
 
 
@@ -170,8 +169,7 @@ def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
         return InputError(f"{checkpoint.path}: {checkpoint.problem.removeprefix(f'{checkpoint.path}: ')}")
     try:
         header = checkpoint.header()
-        whole_run = declaration.grain in ("run", "group") and workspace.run.has_model
-        if declaration.wants("model") or whole_run:
+        if declaration.builds_model(available=setup.has_model):
             empty = {
                 name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
                 for name, info in header.tensors.items()

@@ -151,15 +151,6 @@ class InertUnpickler(pickle.Unpickler):
         self._globals: dict[tuple[str, str], object] = {}
 
     @property
-    def stubbed(self) -> list[str]:
-        """Names of the classes and functions that were replaced by stubs, sorted."""
-        return sorted(
-            f"{module}.{name}"
-            for (module, name), value in self._globals.items()
-            if isinstance(value, type) and issubclass(value, Stub)
-        )
-
-    @property
     def holds_shards(self) -> bool:
         """Whether the pickle holds tensors of which this file has one rank's part only."""
         return any(name in _SHARD_CLASSES for _, name in self._globals)

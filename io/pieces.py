@@ -42,10 +42,6 @@ class PieceStore:
         for unfinished in self.folder.glob("*.parts"):
             remove_leftovers(unfinished)
 
-    def has(self, key: str) -> bool:
-        """Whether the piece is there and whole."""
-        return self.get(key) is not None
-
     def get(self, key: str) -> Piece | None:
         """The finished piece of this key; None if there is none or its file is damaged."""
         path = self._path(key)

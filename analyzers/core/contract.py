@@ -172,6 +172,10 @@ class Declaration:
         skipped = self.skips(options) if self.skips else ()
         return tuple(need for need in self.needs if need not in skipped)
 
+    def builds_model(self, *, available: bool) -> bool:
+        """Whether it may use a model, given whether something says how to build one."""
+        return self.wants("model") or (self.grain in ("run", "group") and available)
+
     @property
     def group(self) -> str:
         """Its group in a report."""

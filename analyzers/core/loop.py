@@ -196,17 +196,17 @@ def piece_key(job: Job, unit: Unit, previous: str = "") -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-_CODE: dict[str, str] = {}
+_CODE: dict[Callable[..., Any], str] = {}
 
 
 def code_hash(declaration: Declaration) -> str:
     """Hash of the source that decides what an analyzer computes."""
-    if declaration.name not in _CODE:
+    if declaration.function not in _CODE:
         digest = hashlib.blake2b(digest_size=16)
         for path in source_files(declaration):
             digest.update(path.read_bytes())
-        _CODE[declaration.name] = digest.hexdigest()
-    return _CODE[declaration.name]
+        _CODE[declaration.function] = digest.hexdigest()
+    return _CODE[declaration.function]
 
 
 def measure(job: Job, units: Iterable[Unit], store: Store) -> Iterator[tuple[Piece, bool]]:

@@ -129,11 +129,6 @@ class Run:
         """Steps of all checkpoints, in order."""
         return [c.step for c in self.checkpoints]
 
-    @property
-    def has_model(self) -> bool:
-        """Whether something says how to build the model."""
-        return self.setup.has_model
-
     def __len__(self) -> int:
         return len(self.checkpoints)
 
