@@ -90,18 +90,22 @@ class Dataset:
 
         place = torch.device(device)
         if _fits(place, named_tensors(self.inputs, self.targets)):
-            return Batches(each(self.inputs, move), move(self.targets), batch_size, place)
-        return Batches(self.inputs, self.targets, batch_size, place, move)
+            return Batches(each(self.inputs, move), move(self.targets), batch_size, place, self.n_total)
+        return Batches(self.inputs, self.targets, batch_size, place, self.n_total, move)
 
 
 @dataclass
 class Batches:
-    """Batches `(inputs, targets)` in fixed order; sized, and can be walked any number of times."""
+    """Batches `(inputs, targets)` in fixed order; sized, and can be walked any number of times.
+
+    `n_total` is the number of samples of the source, of which these may be a subset.
+    """
 
     inputs: Inputs
     targets: Tensor
     batch_size: int
     device: torch.device
+    n_total: int
     move: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     @property

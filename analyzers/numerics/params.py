@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ def _filter_axis(owner: nn.Module, name: str, parameter: Tensor) -> FilterAxis |
     if type(owner).__name__ == "Conv1D" and name == "weight" and parameter.dim() == 2:
         return FilterAxis(1)
     return FilterAxis(0)
+
+
+def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group parameter names by the module they belong to, in order: `conv1.weight`, `conv1.bias` → `conv1`.
+
+    A parameter of the model itself is a layer of its own name.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return layers
 
 
 def set_eval(model: nn.Module) -> None:

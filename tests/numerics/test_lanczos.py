@@ -226,3 +226,71 @@ def test_hessian_of_a_trained_net_equals_the_dense_spectrum() -> None:
     np.testing.assert_allclose(
         found.eigenvalue, np.concatenate([exact[::-1][:3], exact[:3][::-1]]), rtol=1e-7
     )
+
+
+def test_twenty_equal_outliers_are_all_found_and_no_twenty_first() -> None:
+    matrix, n = planted(np.concatenate([[5.0] * 20, np.linspace(-0.5, 1, 200)]))
+    found = lanczos(Counted(matrix), n, k=22, tol=1e-6)
+    np.testing.assert_allclose(found.eigenvalue[:20], 5.0, rtol=1e-6)
+    np.testing.assert_allclose(found.eigenvalue[20:], [1.0, 1 - 1.5 / 199], rtol=1e-5)
+    assert found.converged.all()
+    assert found.orthogonality < 1e-12
+
+
+def test_condition_number_1e12_beside_a_null_space_keeps_relative_accuracy_within_the_bounds() -> None:
+    planted_values = np.geomspace(1e-12, 1, 60)[::-1]
+    matrix, n = planted(np.concatenate([planted_values, np.zeros(100)]))
+    found = lanczos(Counted(matrix), n, k=40, tol=1e-6)
+    error = np.abs(found.eigenvalue - planted_values[:40])
+    assert (error <= 20 * found.error_bound).all()
+    assert (error[:20] <= 1e-12 * planted_values[:20]).all()
+
+
+def test_what_rounding_cannot_resolve_is_never_claimed_more_accurate_than_the_floor() -> None:
+    matrix, n = planted(np.concatenate([np.geomspace(1e-12, 1, 60), np.zeros(100)]))
+    eps = float(torch.finfo(torch.float32).eps)
+    found = lanczos(Counted(matrix, torch.float32), n, k=50, tol=1e-6, rounding=eps)
+    assert (found.error_bound >= eps * 0.99).all()
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("room", [14, 20])
+def test_restarts_within_a_memory_limit_give_the_same_pairs(which: str, room: int) -> None:
+    spectrum = np.concatenate([np.linspace(-0.9, 1, 300), BULK[-10:]])
+    matrix, n = planted(spectrum)
+    free = lanczos(Counted(matrix), n, k=5, which=which, tol=1e-8)
+    tight = lanczos(Counted(matrix), n, k=5, which=which, tol=1e-8, max_basis=room)
+    np.testing.assert_allclose(tight.eigenvalue, free.eigenvalue, rtol=1e-7)
+    assert tight.converged.all()
+    assert tight.space is not None
+    assert len(tight.space._rows) <= max(room, 32)
+    explicit = (
+        tight.eigenvector @ matrix - torch.from_numpy(tight.eigenvalue)[:, None] * tight.eigenvector
+    ).norm(dim=1)
+    np.testing.assert_allclose(tight.residual, explicit.numpy(), rtol=1e-6, atol=1e-12)
+
+
+def test_restarts_find_multiple_eigenvalues_too() -> None:
+    matrix, n = planted(np.concatenate([[3.0] * 4, np.linspace(0, 1, 150)]))
+    found = lanczos(Counted(matrix), n, k=5, tol=1e-7, max_basis=16)
+    np.testing.assert_allclose(found.eigenvalue, [3.0] * 4 + [1.0], rtol=1e-6)
+
+
+def test_too_little_memory_is_said_with_what_is_needed() -> None:
+    with pytest.raises(ValueError, match="room for at least 13 vectors"):
+        lanczos(lambda v: v, 100, k=5, max_basis=6)
+
+
+def test_an_operator_that_is_not_what_its_products_say_shows_as_a_discrepancy() -> None:
+    """A buffer that moves, dropout that is on: the check product does not fit, and residuals are measured."""
+    matrix, n = planted(BULK)
+    calls = Counted(matrix)
+
+    def drifting(vector: Tensor) -> Tensor:
+        return calls(vector) * (1 + 1e-3 * calls.calls)
+
+    found = lanczos(drifting, n, k=2, tol=1e-6)
+    assert found.discrepancy > 1e-3
+    assert (found.residual > 1e-3).all()
+    assert not found.converged.any()
+    assert lanczos(Counted(matrix), n, k=2, tol=1e-6).discrepancy < 1e-12
