@@ -104,6 +104,12 @@ class Sampler:
         return found
 
 
+def subset_note(batches: Any, consequence: str = "") -> list[str]:
+    """A sentence where the data are a part of their source: what was measured is that of the part."""
+    n, total = getattr(batches, "n_samples", 0), getattr(batches, "n_total", 0)
+    return [f"measured on {n:,} of {total:,} samples{consequence}"] if 0 < n < total else []
+
+
 def check_seed(seed: int) -> None:
     """Raises before any compute where a seed is none that all generators take.
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from dynprobe.cli.work import Plan, Shelf
 
 
+FORWARDS = {"forwards": 1, "gradients": 3, "hvps": 5, "input_hvps": 5}
+"""Forward passes that a unit of work takes: a Hessian-vector product by double backward measured 5.1."""
+
+
 def show_plan(request: Request, plan: Plan) -> None:
     """Print the plan to stdout: every piece, whether it is stored, and the cost of those that are not."""
     report = report_path(request, plan)
@@ -61,8 +65,7 @@ def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
             seconds = _seconds_per_forward(plan)
         except Exception as error:
             return cost | {"no estimate": f"the model cannot be run: {error}"}
-        # A Hessian-vector product by double backward is about five forward passes (research: 5.1).
-        passes = cost["forwards"] + 5 * cost.get("hvps", 0)
+        passes = sum(weight * cost.get(name, 0) for name, weight in FORWARDS.items())
         cost["seconds per forward pass over the data"] = float(f"{seconds:.2g}")
         cost["estimated seconds"] = float(f"{seconds * passes:.2g}")
     return cost

@@ -84,7 +84,7 @@ def _measure(request: Request, plan: Plan, report: Path, gate: Gate) -> Iterator
 
         indices = {p: plan.units[p].index for p in plan.mine}
         mine = set(plan.mine)
-        chunks = [chunk for chunk in chunked(plan.declaration, plan.units) if mine.issuperset(chunk)]
+        chunks = [chunk for chunk in chunked(plan.job, plan.units) if mine.issuperset(chunk)]
         yield from measure_in_processes(request, chunks, report, indices, request.workers)
         return
     from dynprobe.analyzers.core.loop import measure

@@ -58,11 +58,12 @@ def make_plan(request: Request) -> Plan:
     declaration = find_analyzer(request.analyzer)
     prepared = prepare(request)
     units = _units(declaration, prepared, request.pairs)
-    chunks = chunked(declaration, units)
+    job = Job(declaration, request.options, fresh=request.fresh)
+    chunks = chunked(job, units)
     mine = [position for chunk in _shard(request.shard, len(chunks)) for position in chunks[chunk]]
     _check_inputs(declaration, prepared, declaration.needed(request.options))
     _check_fit(declaration, units)
-    return Plan(declaration, Job(declaration, request.options, fresh=request.fresh), prepared, units, mine)
+    return Plan(declaration, job, prepared, units, mine)
 
 
 def _units(declaration: Declaration, prepared: list[PreparedRun], pairs: str) -> list[Unit]:
@@ -103,9 +104,9 @@ def _pairs(prepared: list[PreparedRun], how: str) -> Iterator[tuple[Place, Place
                 yield from ((place, fixed) for place in run if place is not fixed)
 
 
-def chunked(declaration: Declaration, units: list[Unit]) -> list[list[int]]:
+def chunked(job: Job, units: list[Unit]) -> list[list[int]]:
     """Positions of units that one process does in order: a run, where a piece builds on the one before."""
-    if not declaration.wants("previous"):
+    if "previous" not in job.declaration.needed(job.options):
         return [[position] for position in range(len(units))]
     runs: dict[str, list[int]] = {}
     for position, unit in enumerate(units):

@@ -97,12 +97,12 @@ def density(found: Floats, probes: list[Quadrature], n: int, *, n_grid: int, wid
         probes: Quadratures of what is left.
         n: Dimension.
         n_grid: Points of the grid, which reaches 4 widths beyond the smallest and largest node.
-        width: Standard deviation of the Gaussian; 0 takes 1/200 of the range of the spectrum.
+        width: Standard deviation of the Gaussian; 0 takes 1/100 of the range of the spectrum.
     """
     everything = np.concatenate([found, *(probe.node for probe in probes)])
     low, high = float(everything.min()), float(everything.max())
     if not width:
-        width = max((high - low) / 200, 1e-12 * max(abs(low), abs(high)), np.finfo(float).tiny)
+        width = max((high - low) / 100, 1e-12 * max(abs(low), abs(high)), np.finfo(float).tiny)
     at = np.linspace(low - 4 * width, high + 4 * width, n_grid)
     known = _smoothed(at, found, np.ones(len(found)), width)
     curves = np.array([(known + _smoothed(at, p.node, p.weight, width)) / n for p in probes])

@@ -51,7 +51,8 @@ class TraceEstimate:
 
     Args:
         space: Q, with T and the tails.
-        sizes: Number of entries of each block, in order.
+        sizes: Number of entries of each segment of a vector, in order.
+        owner: Which block each segment belongs to, from 0; each is one of its own when None.
 
     References:
         Hutchinson, Commun. Stat. Simul. Comput. 19 (1990).
@@ -60,6 +61,7 @@ class TraceEstimate:
 
     space: KrylovSpace
     sizes: Sequence[int]
+    owner: Sequence[int] | None = None
     _inside: NDArray[np.float64] = field(init=False)
     _samples: list[NDArray[np.float64]] = field(default_factory=list, init=False)
 
@@ -90,9 +92,9 @@ class TraceEstimate:
     def result(self) -> Trace:
         """The trace from the probes so far; NaN for a standard error that fewer than two cannot give."""
         if self.space.complete:  # nothing lies outside
-            nothing = np.zeros(len(self.sizes))
+            nothing = np.zeros(len(self._inside))
             return Trace(float(self._inside.sum()), 0.0, self._inside, nothing, self.n_probes)
-        samples = np.array(self._samples).reshape(-1, len(self.sizes))
+        samples = np.array(self._samples).reshape(-1, len(self._inside))
         layer = self._inside + (samples.mean(0) if len(samples) else math.nan)
         return Trace(
             float(layer.sum()),
@@ -103,7 +105,11 @@ class TraceEstimate:
         )
 
     def _by_block(self, values: Tensor) -> NDArray[np.float64]:
-        return np.array([float(part.sum()) for part in values.double().split(list(self.sizes))])
+        owner = range(len(self.sizes)) if self.owner is None else self.owner
+        sums: NDArray[np.float64] = np.zeros(max(owner) + 1)
+        for block, part in zip(owner, torch.split(values.double(), list(self.sizes)), strict=True):
+            sums[block] += float(part.sum())
+        return sums
 
 
 def widened_stderr(samples: NDArray[np.float64]) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynprobe.analyzers.numerics.hvp import HessianOperator, NoSecondDerivative
 from dynprobe.analyzers.numerics.losses import as_loss, get_loss
@@ -250,3 +251,158 @@ def test_wrong_names_shapes_and_empty_batches_say_so() -> None:
         HessianOperator(model, [], loss)
     with pytest.raises(ValueError, match=r"\(51,\)"):
         HessianOperator(model, [(inputs, targets)], loss)(torch.zeros(3))
+
+
+ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.__name__)
+def test_every_activation_equals_the_dense_hessian(activation: type[nn.Module]) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Linear(3, 5), activation(), nn.Linear(5, 4), activation(), nn.Linear(4, 3)
+    ).double()
+    inputs, targets = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 3, (9,))
+    got = dense(HessianOperator(model, split(inputs, targets, [6, 3]), get_loss("cross_entropy")))
+    expected = brute_force(model, inputs, targets, functional.cross_entropy)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+IGNORE = -100
+LOSSES = {
+    "classes": ("cross_entropy", (3,), torch.tensor([0, 2, 1, IGNORE, 2])),
+    "soft classes": ("cross_entropy", (3,), torch.rand(5, 3, generator=torch.Generator().manual_seed(1))),
+    "classes of pixels": (
+        "cross_entropy",
+        (3, 2),
+        torch.tensor([[0, 1], [2, IGNORE], [1, 1], [0, 0], [IGNORE, 2]]),
+    ),
+    "soft classes of pixels": (
+        "cross_entropy",
+        (3, 2),
+        torch.rand(5, 3, 2, generator=torch.Generator().manual_seed(1)),
+    ),
+    "squares": ("mse", (2, 3), torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))),
+    "squares of one output": ("mse", (1,), torch.randn(5, generator=torch.Generator().manual_seed(1))),
+    "squares of classes": ("mse", (6,), torch.tensor([0, 5, 1, 2, 2])),
+    "coins": ("bce_with_logits", (6,), torch.rand(5, 6, generator=torch.Generator().manual_seed(1)).round()),
+    "one coin": ("bce_with_logits", (1,), torch.tensor([0, 1, 1, 0, 1])),
+    "tokens": (
+        "causal_lm",
+        (3, 2),
+        torch.tensor([[0, 1, 1], [1, 0, IGNORE], [0, 0, 1], [1, 1, 1], [0, 1, 0]]),
+    ),
+}
+
+
+def regressor(shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(3)
+    width = torch.Size(shape).numel()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, width), nn.Unflatten(1, shape)).double()
+    return model, torch.randn(5, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_every_named_loss_equals_the_dense_hessian(case: str) -> None:
+    name, shape, targets = LOSSES[case]
+    model, inputs = regressor(shape)
+    got = dense(HessianOperator(model, split(inputs, targets, [4, 1]), get_loss(name)))
+    torch.testing.assert_close(
+        got, brute_force(model, inputs, targets, get_loss(name)), rtol=1e-10, atol=1e-12
+    )
+
+
+class TiedTransformer(nn.Module):
+    """Predicts the next token: attention, LayerNorm, and an embedding that is also the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+        return self.head(self.layer(self.embed(tokens), src_mask=mask))
+
+
+def test_a_causal_transformer_with_tied_embeddings_equals_the_dense_hessian() -> None:
+    torch.manual_seed(0)
+    model = TiedTransformer().double()
+    tokens = torch.randint(0, 5, (3, 4))
+    loss = get_loss("causal_lm")
+    operator = HessianOperator(model, split(tokens, tokens, [2, 1]), loss)
+    assert operator.n_parameters == sum(p.numel() for p in model.parameters())
+    vectors = torch.randn(3, operator.n_parameters, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = brute_force(model.eval(), tokens, tokens, loss)
+    torch.testing.assert_close(operator.matmat(vectors), vectors @ expected)
+    assert operator.n_matvec == 3
+
+
+def test_a_recurrent_model_equals_the_dense_hessian() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    inputs, targets = torch.randn(5, 3, 2, dtype=torch.float64), torch.randint(0, 2, (5,))
+    got = dense(HessianOperator(model, split(inputs, targets, [2, 3]), get_loss("cross_entropy")))
+    torch.testing.assert_close(got, brute_force(model, inputs, targets, functional.cross_entropy))
+
+
+def normalised(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), norm, nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 2)
+    ).double()
+
+
+@pytest.mark.parametrize("memory", [0.0, 1e9])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(2),
+        nn.BatchNorm2d(2, momentum=None),
+        nn.InstanceNorm2d(2, affine=True, track_running_stats=True),
+    ],
+    ids=["BatchNorm", "cumulative", "InstanceNorm"],
+)
+def test_train_mode_takes_each_batchs_statistics_without_dropout_and_leaves_the_buffers(
+    norm: nn.Module, memory: float
+) -> None:
+    model = normalised(norm)
+    inputs, targets = torch.randn(7, 1, 4, 4, dtype=torch.float64), torch.randint(0, 2, (7,))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    random_state = torch.get_rng_state()
+    batches = split(inputs, targets, [4, 3])
+    operator = HessianOperator(model, batches, get_loss("cross_entropy"), mode="train", memory=memory)
+    got = dense(operator)
+    assert torch.equal(got, dense(operator))
+    torch.testing.assert_close(got, got.T)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+    eval_mode = dense(HessianOperator(model, batches, get_loss("cross_entropy")))
+    assert (got - eval_mode).norm() > 0.1 * eval_mode.norm()
+    model[3].eval()
+    expected = sum(len(y) / 7 * brute_force(model, x, y, functional.cross_entropy) for x, y in batches)
+    torch.testing.assert_close(got, expected)
+
+
+def test_train_mode_refuses_a_batch_of_one_sample_and_says_what_to_do() -> None:
+    model = normalised(nn.BatchNorm2d(2))
+    batches = split(torch.randn(5, 1, 4, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long), [4, 1])
+    with pytest.raises(ValueError, match="batch size that leaves no sample alone"):
+        HessianOperator(model, batches, get_loss("cross_entropy"), mode="train")
+    HessianOperator(normalised(nn.Identity()), batches, get_loss("cross_entropy"), mode="train")
+
+
+def test_train_mode_of_an_exported_program_is_refused() -> None:
+    model = normalised(nn.BatchNorm2d(2)).eval()
+    inputs, targets = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.randint(0, 2, (3,))
+    program = torch.export.export(model, (inputs,)).module()
+    with pytest.raises(ValueError, match="mode built in"):
+        HessianOperator(program, [(inputs, targets)], get_loss("cross_entropy"), mode="train")
+    with pytest.raises(ValueError, match="eval or train"):
+        HessianOperator(model, [(inputs, targets)], get_loss("cross_entropy"), mode="test")

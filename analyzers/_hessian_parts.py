@@ -1,0 +1,381 @@
+"""The parts of a Hessian measurement: pairs, spectrum, layers, subsets, and the loss along eigenvectors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._curvature import Batches, End, Problem, disjoint_subsets, rows
+from dynprobe.analyzers._sampling import Meter, Sampler, chosen_metrics, stacked
+from dynprobe.analyzers.numerics.batch_operator import BatchOperator
+from dynprobe.analyzers.numerics.density import Quadrature, density, negative_part, quadrature
+from dynprobe.analyzers.numerics.fisher_trace import exact_fisher_trace
+from dynprobe.analyzers.numerics.grid import symmetric_axis
+from dynprobe.analyzers.numerics.krylov import KrylovSpace
+from dynprobe.analyzers.numerics.lanczos import Eigenpairs
+from dynprobe.analyzers.numerics.output_factor import output_factor
+from dynprobe.analyzers.numerics.params import layers_of, weight_parameters
+from dynprobe.analyzers.numerics.per_sample import PerSamplePass
+from dynprobe.analyzers.numerics.piecewise import linear_in_each_tensor
+from dynprobe.analyzers.numerics.surface import Surface
+from dynprobe.analyzers.numerics.trace import TraceEstimate, random_signs
+
+Floats = NDArray[np.float64]
+GRID = 1001
+NEGATIVE = 0.01
+"""Of the largest magnitude: an eigenvalue this far below zero counts as negative. Most of a network's are
+next to zero, and on which side of it a Ritz value falls that stands for thousands of them is an accident."""
+MOST_COLUMNS = 128
+"""Outputs of a network up to which an exact trace costs less than an estimated one."""
+TOLERANCE_OF_A_PART = 1e-3
+"""Relative tolerance on a subset of the data: its sampling error is larger by far."""
+
+
+@dataclass
+class Task:
+    """One matrix to be measured, and what has been found of it.
+
+    Args:
+        problem: The matrix and the memory.
+        batches: The data.
+        names: The parameters it is restricted to.
+        top_k: Pairs.
+        end: Which end of the spectrum.
+        tol: Relative tolerance of the eigenvalues.
+        seed: Of everything random.
+        max_products: Most products for the pairs; 0 for a default.
+        partial: Where finished layers and subsets are kept, or None.
+        progress: Called with (done, total, what), or None.
+        expected: Products that are likely to be needed, for progress.
+    """
+
+    problem: Problem
+    batches: Batches
+    names: list[str]
+    top_k: int
+    end: End
+    tol: float
+    seed: int
+    max_products: int = 0
+    partial: Any = None
+    progress: Callable[[int, int, str], None] | None = None
+    expected: int = 1
+    values: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    spent: dict[str, int] = field(default_factory=lambda: {"hvps": 0, "forwards": 0, "gradients": 0})
+
+    @functools.cached_property
+    def operator(self) -> BatchOperator[Any]:
+        """The matrix on all of the data."""
+        return self._counted(self.problem.operator(self.batches, self.names))
+
+    def _counted(self, operator: BatchOperator[Any]) -> BatchOperator[Any]:
+        matvec = operator.matvec
+
+        def counting(vector: Tensor) -> Tensor:
+            self.spent["hvps"] += 1
+            if self.progress is not None:
+                done = self.spent["hvps"]
+                self.progress(done, max(done, self.expected), "products")
+            return matvec(vector)
+
+        operator.matvec = counting  # type: ignore[method-assign]
+        return operator
+
+    @functools.cached_property
+    def pairs(self) -> Eigenpairs:
+        """The eigenpairs on all of the data."""
+        return self.problem.eigenpairs(
+            self.operator,
+            self.top_k,
+            end=self.end,
+            tol=self.tol,
+            seed=self.seed,
+            max_products=self.max_products,
+        )
+
+    def solve(self) -> None:
+        """Eigenpairs, both ends of their Krylov space, and what vouches for them."""
+        found = self.pairs
+        self.values |= {
+            "rank": np.arange(1, self.top_k + 1),
+            "eigenvalue": found.eigenvalue,
+            "residual": found.residual,
+            "error_bound": found.error_bound,
+            "eigenvalue_converged": found.converged,
+            "discrepancy": found.discrepancy,
+            "orthogonality": found.orthogonality,
+            "n_parameters": self.operator.n_parameters,
+            "n_samples": self.operator.n_samples,
+            **_ends(found.space),
+        }
+        if self.end == "largest" and self.top_k > 1:
+            self.values |= gap(found.eigenvalue)
+        if found.space is None:
+            self.reasons.append("a product of the matrix is NaN or infinite")
+        elif not found.converged.all():
+            self.reasons.append(
+                f"{int((~found.converged).sum())} of {self.top_k} eigenvalues missed the tolerance "
+                f"{self.tol:g} after {found.n_matvec} products; --max-hvps allows more"
+            )
+        self._note_the_other_end(found)
+
+    def _note_the_other_end(self, found: Eigenpairs) -> None:
+        """No choice of an end hides a larger eigenvalue at the other."""
+        low, last = float(self.values["smallest"]), float(np.abs(found.eigenvalue).min())
+        if self.end == "largest" and -low > last:
+            self.notes.append(
+                f"the most negative eigenvalue found, {low:.3g}, is larger in magnitude than one of the "
+                f"{self.top_k} largest: see --which largest-magnitude or both"
+            )
+
+    def spectrum(self, trace_tol: float | None, max_probes: int, n_density: int, steps: int) -> None:
+        """Trace to a relative standard error, and density from `n_density` probes of `steps` products.
+
+        Args:
+            trace_tol: None for no trace.
+            max_probes: Most probes for it.
+            n_density: 0 for no density.
+            steps: Products of each of these.
+        """
+        space = self.pairs.space
+        if space is None:
+            return
+        wanted = trace_tol is not None
+        if wanted and self._exact_trace():
+            wanted = False
+        layers = self._layers()
+        owner = [i for i, members in enumerate(layers.values()) for _ in members]
+        by_layer = [name for members in layers.values() for name in members]
+        estimate = TraceEstimate(space, self._sizes(), [owner[by_layer.index(name)] for name in self.names])
+        probes = [self._probe(seed, steps, estimate if wanted else None) for seed in range(n_density)]
+        if probes:
+            self._add_density(probes)
+        if not wanted or trace_tol is None:
+            return
+        while not (space.complete or estimate.result().reached(trace_tol)) and estimate.n_probes < max_probes:
+            signs = random_signs(space.n, self._probe_seed(estimate.n_probes), space.basis)
+            estimate.add(signs, signs, self.operator.matvec(signs))
+        result = estimate.result()
+        self._add_trace(result.value, result.stderr, result.layer, result.layer_stderr, result.n_probes)
+        if not (space.complete or result.reached(trace_tol)):
+            self.reasons.append(
+                f"the trace's standard error is {result.stderr / abs(result.value):.1%} of it after "
+                f"{result.n_probes} probes; --max-probes allows more"
+            )
+
+    def _probe_seed(self, index: int) -> int:
+        """Probes are not the start vectors over again."""
+        return int(np.random.SeedSequence([self.seed, 1, index]).generate_state(1)[0])
+
+    def _probe(self, index: int, steps: int, estimate: TraceEstimate | None) -> Quadrature:
+        locked = self.pairs.eigenvector
+        signs = random_signs(self.operator.n_parameters, self._probe_seed(index), locked)
+        start = signs - (locked @ signs) @ locked
+        found = quadrature(self.operator.matvec, start, min(steps, len(signs)), locked)
+        if estimate is not None:
+            estimate.add(signs, start, found.image)
+        return found
+
+    def _layers(self) -> dict[str, list[str]]:
+        return layers_of(self.names)
+
+    def _sizes(self) -> list[int]:
+        weights = weight_parameters(self.problem.model)
+        return [weights[name].numel() for name in self.names]
+
+    def _exact_trace(self) -> bool:
+        """The trace where the outputs' gradients alone give it; False, with a note, where they do not."""
+        why = self._no_exact_trace()
+        if why:
+            self.notes.append(f"the trace is estimated: {why}")
+            return False
+        model, loss = self.problem.model, self.problem.loss
+        found = exact_fisher_trace(model, self.batches, loss, parameters=self.names)
+        self.spent["gradients"] += found.backwards
+        layer = np.array([found.estimate(members).value for members in self._layers().values()])
+        self._add_trace(float(layer.sum()), 0.0, layer, np.zeros(len(layer)), 0)
+        self.notes.append("the trace is exact, whole and by layer: tr H = tr GGN = tr F here")
+        return True
+
+    def _no_exact_trace(self) -> str:
+        """Why the trace of the matrix is not the sum of squared gradients of few outputs; empty if it is."""
+        if self.problem.mode == "train":
+            return "BatchNorm in train mode mixes the samples"
+        inputs, targets = rows(self.batches[0][0], slice(2)), self.batches[0][1][:2]
+        if self.problem.curvature == "hessian":
+            linear, why = linear_in_each_tensor(self.problem.model, inputs, self.names)
+            if not linear:
+                return why
+        try:
+            passed = PerSamplePass(self.problem.model, inputs, parameters=self.names)
+            columns = output_factor(self.problem.loss, passed.outputs, targets).n_columns
+        except ValueError as error:
+            return str(error)
+        if passed.routes.slow:
+            return f"no rule gives the gradients of {sorted(passed.routes.slow)[0]} sample by sample"
+        return f"{columns} outputs are many" if columns > MOST_COLUMNS else ""
+
+    def _add_trace(self, value: float, stderr: float, layer: Floats, layer_stderr: Floats, n: int) -> None:
+        self.values |= {
+            "trace": value,
+            "trace_stderr": stderr,
+            "trace_probes": n,
+            "layer": np.array(list(self._layers()), dtype=object),
+            "layer_trace": layer,
+            "layer_trace_stderr": layer_stderr,
+        }
+
+    def _add_density(self, probes: list[Quadrature]) -> None:
+        found, n = self.pairs.eigenvalue, self.operator.n_parameters
+        if not all(np.isfinite(probe.node).all() for probe in probes):
+            self.reasons.append("the density is missing: a product is NaN or infinite")
+            return
+        smooth = density(found, probes, n, n_grid=GRID, width=0.0)
+        cut = NEGATIVE * max(float(np.abs(p.node).max()) for p in probes)
+        cut = max(cut, NEGATIVE * float(np.abs(found).max()))
+        negative = negative_part(found, probes, n, cut=cut)
+        longest = max(len(probe.node) for probe in probes)
+        self.values |= {
+            "density": smooth.density,
+            "density_stderr": smooth.stderr,
+            "density_at": smooth.at,
+            "density_width": smooth.width,
+            "node": np.stack([_padded(probe.node, longest) for probe in probes]),
+            "node_weight": np.stack([_padded(probe.weight, longest) for probe in probes]),
+            "negative_share": negative.share,
+            "negative_share_stderr": negative.share_stderr,
+            "negative_trace": negative.trace,
+            "negative_trace_stderr": negative.trace_stderr,
+        }
+
+    def by_layer(self) -> None:
+        """The spectrum of each layer's own diagonal block."""
+        layers = self._layers()
+        columns: dict[str, list[Floats]] = {}
+        for layer, members in layers.items():
+            row = self._part(f"layer-{layer}", self.batches, members, self.tol)
+            if not row.pop("converged").all():
+                self.reasons.append(f"eigenvalues of {layer} missed the tolerance")
+            for name, values in row.items():
+                columns.setdefault(name, []).append(_padded(values, self.top_k))
+        self.values["layer"] = np.array(list(layers), dtype=object)
+        self.values |= {f"layer_{name}": np.stack(column) for name, column in columns.items()}
+
+    def on_subsets(self, count: int) -> None:
+        """The same pairs on disjoint parts of the data: the largest error of all.
+
+        Raises:
+            OptionError: If there are too few samples.
+        """
+        parts = disjoint_subsets(self.batches, count, self.seed)
+        tol = max(self.tol, TOLERANCE_OF_A_PART)
+        found = [self._part(f"subset-{i}", part, self.names, tol) for i, part in enumerate(parts)]
+        eigenvalue = np.stack([row["eigenvalue"] for row in found])
+        if not all(row["converged"].all() for row in found):
+            self.reasons.append("eigenvalues of a subset missed the tolerance")
+        self.values |= {
+            "subset_eigenvalue": eigenvalue,
+            "subset_size": min(sum(len(targets) for _, targets in part) for part in parts),
+            "eigenvalue_spread": eigenvalue.std(axis=0, ddof=1) if count > 1 else np.full(self.top_k, np.nan),
+            # A bias c/n is c·count/n on a subset and c/n on all: their difference is (count − 1) c/n.
+            "eigenvalue_bias": (eigenvalue.mean(0) - self.pairs.eigenvalue) / (count - 1)
+            if count > 1
+            else np.full(self.top_k, np.nan),
+        }
+
+    def _part(self, name: str, batches: Batches, names: Sequence[str], tol: float) -> dict[str, Any]:
+        """Eigenpairs of a block or on a part of the data, from the store where they are finished."""
+        stored: dict[str, Any] | None = self.partial.get(name) if self.partial is not None else None
+        if stored is not None:
+            self.spent["hvps"] += int(stored["hvps"])
+            return {n: v for n, v in stored.items() if n != "hvps"}
+        before = self.spent["hvps"]
+        operator = self._counted(self.problem.operator(batches, names))
+        found = self.problem.eigenpairs(
+            operator,
+            min(self.top_k, operator.n_parameters),
+            end=self.end,
+            tol=tol,
+            seed=self.seed,
+            max_products=self.max_products,
+        )
+        row = {
+            "eigenvalue": found.eigenvalue,
+            "residual": found.residual,
+            "error_bound": found.error_bound,
+            "converged": found.converged,
+        }
+        if self.partial is not None:
+            self.partial.put(name, row | {"hvps": np.array(self.spent["hvps"] - before)})
+        return row
+
+    def along(self, test_batches: Any, count: int, span: float, resolution: int) -> None:
+        """Loss and accuracy along the eigenvectors, on training and test data.
+
+        Raises:
+            OptionError: If the axis cannot be as asked for.
+        """
+        try:
+            axis = symmetric_axis(resolution, span)
+        except ValueError as error:
+            raise OptionError(str(error), "Change --resolution or --span.") from error
+        problem = self.problem
+        metrics = chosen_metrics("auto", self.batches, problem.loss, problem.model)
+        meter = Meter(self.progress, count * len(axis))
+        tables = []
+        for i in range(count):
+            direction = self.operator.as_dict(self.pairs.eigenvector[i])
+            make = functools.partial(
+                Surface,
+                problem.model,
+                self.batches,
+                problem.loss,
+                [direction],
+                metrics=metrics,
+                batchnorm="recompute" if problem.mode == "train" else "frozen",
+                test_batches=test_batches,
+            )
+            sampler = Sampler(make, f"along-{i}", axis, np.zeros(1), self.partial, meter)
+            sampler.fill()
+            self.spent["forwards"] += sampler.forwards
+            tables.append(stacked([sampler.table], squeeze=True))
+        keep = [n for n in tables[0] if not n.endswith("difference_stderr")]
+        self.values["epsilon"] = axis
+        self.values |= {f"along_{name}": np.stack([table[name] for table in tables]) for name in keep}
+
+
+def gap(eigenvalue: Floats) -> dict[str, Any]:
+    """The widest ratio between neighbours among the largest eigenvalues, and how many lie above it.
+
+    NaN, and none, where fewer than two are positive.
+    """
+    positive = eigenvalue[eigenvalue > 0]
+    if len(positive) < 2:
+        return {"spectral_gap": np.nan, "n_outliers": np.nan}
+    ratio = positive[:-1] / positive[1:]
+    return {"spectral_gap": float(ratio.max()), "n_outliers": float(ratio.argmax() + 1)}
+
+
+def _ends(space: KrylovSpace | None) -> dict[str, float]:
+    """Both ends of the Krylov space with their residuals."""
+    names = ("largest", "largest_residual", "smallest", "smallest_residual")
+    if space is None:
+        return dict.fromkeys(names, np.nan)
+    value, _, residual = space.ritz()
+    return dict(zip(names, (value[-1], residual[-1], value[0], residual[0]), strict=True))
+
+
+def _padded(values: Any, size: int) -> Floats:
+    """NaN behind what a short row does not have."""
+    row = np.full(size, np.nan)
+    row[: len(values)] = values
+    return row

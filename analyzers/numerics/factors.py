@@ -1,0 +1,254 @@
+"""Per-sample gradients of one parameter in the form a layer gives them: products of small factors.
+
+A layer's gradient of one sample is a sum of outer products over positions, g_i = Σ_p l_ip r_ipᵀ. Norms, inner
+products and weighted sums follow from the factors l and r, mostly without ever forming g_i.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**23
+"""Entries of a temporary matrix: 64 MB in float64."""
+
+
+class Factor(Protocol):
+    """Per-sample gradients g_i of one parameter tensor, for n samples."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it keeps."""
+
+    def squared_norm(self) -> Tensor:
+        """‖g_i‖², shape (n,), float64."""
+
+    def gram(self, other: Factor) -> Tensor:
+        """g_i·h_j with the samples of another factor of the same parameter, shape (n, m), float64."""
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """g_i·v for v in the parameter's shape, shape (n,), float64."""
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i g_i in the parameter's shape, float64."""
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The gradients themselves, some samples at a time, shapes (k, n_entries)."""
+
+
+class Dense:
+    """Gradients kept as they are.
+
+    Args:
+        gradients: Shape (n, *parameter).
+    """
+
+    def __init__(self, gradients: Tensor) -> None:
+        self._rows = gradients.reshape(len(gradients), -1)
+        self._shape = gradients.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it keeps."""
+        return self._rows.nbytes
+
+    def squared_norm(self) -> Tensor:
+        """‖g_i‖², shape (n,), float64."""
+        return _squared(self._rows)
+
+    def gram(self, other: Factor) -> Tensor:
+        """g_i·h_j with the samples of another factor of the same parameter, shape (n, m), float64."""
+        return _explicit_gram(self, other)
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """g_i·v for v in the parameter's shape, shape (n,), float64."""
+        return (self._rows @ vector.to(self._rows).reshape(-1)).double()
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i g_i in the parameter's shape, float64."""
+        return (weights.to(self._rows) @ self._rows).double().reshape(self._shape)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The gradients themselves, shape (n, n_entries)."""
+        yield self._rows
+
+    def __add__(self, other: Dense) -> Dense:
+        return Dense((self._rows + other._rows).reshape(-1, *self._shape))
+
+
+class Outer:
+    """Gradients g_i = Σ_p l_ip r_ipᵀ, kept as their factors.
+
+    One position (a Linear layer on vectors) makes ‖g_i‖² = ‖l_i‖²‖r_i‖² and g_i·h_j = (l_i·l'_j)(r_i·r'_j);
+    several make double sums over positions ("ghost" norms), or are formed block by block where that takes
+    fewer operations.
+
+    Args:
+        left: Shape (n, positions, rows).
+        right: Shape (n, positions, columns).
+        shape: The parameter's, of rows x columns entries.
+
+    References:
+        Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799 (2015), for one position.
+        Li, Tramèr, Liang and Hashimoto, "Large language models can be strong differentially private
+        learners", ICLR 2022, §4 (ghost clipping), for several.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, shape: Sequence[int]) -> None:
+        self.left, self.right, self._shape = left, right, tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it keeps."""
+        return self.left.nbytes + self.right.nbytes
+
+    def squared_norm(self) -> Tensor:
+        """‖g_i‖², shape (n,), float64."""
+        if self.left.shape[1] == 1:
+            return _squared(self.left[:, 0]) * _squared(self.right[:, 0])
+        if not self._ghost(self.left.shape[1]):
+            return torch.cat([_squared(block) for block in self.blocks()])
+        left, right = self.left @ self.left.mT, self.right @ self.right.mT
+        return (left.double() * right.double()).sum((1, 2))
+
+    def gram(self, other: Factor) -> Tensor:
+        """g_i·h_j with the samples of another factor of the same parameter, shape (n, m), float64."""
+        if not isinstance(other, Outer) or not self._ghost(other.left.shape[1]):
+            return _explicit_gram(self, other)
+        positions = self.left.shape[1]
+        m, others, _ = other.left.shape
+        their_left, their_right = other.left.flatten(0, 1).mT, other.right.flatten(0, 1).mT
+        step = max(1, BLOCK // max(1, positions * m * others))
+        found = []
+        for left, right in zip(torch.split(self.left, step), torch.split(self.right, step), strict=True):
+            pairs = (left.flatten(0, 1) @ their_left).double() * (right.flatten(0, 1) @ their_right).double()
+            found.append(pairs.reshape(len(left), positions, m, others).sum((1, 3)))
+        return torch.cat(found)
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """g_i·v for v in the parameter's shape, shape (n,), float64."""
+        matrix = vector.to(self.left).reshape(self.left.shape[2], self.right.shape[2])
+        return ((self.left @ matrix).double() * self.right.double()).sum((1, 2))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i g_i in the parameter's shape, float64."""
+        left = (self.left * weights.to(self.left)[:, None, None]).flatten(0, 1)
+        return (left.mT @ self.right.flatten(0, 1)).double().reshape(self._shape)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The gradients themselves, some samples at a time, shapes (k, n_entries)."""
+        step = max(1, BLOCK // max(1, self.left.shape[2] * self.right.shape[2]))
+        for left, right in zip(torch.split(self.left, step), torch.split(self.right, step), strict=True):
+            yield (left.mT @ right).flatten(1)
+
+    def _ghost(self, others: int) -> bool:
+        """Whether sums over pairs of positions cost less than the gradients' own entries."""
+        rows, columns = self.left.shape[2], self.right.shape[2]
+        return self.left.shape[1] * others * (rows + columns) <= rows * columns or others <= 1
+
+
+class Rows:
+    """Gradients with few rows that are not zero, as of an embedding: row index_ip of g_i gains values_ip.
+
+    Args:
+        index: Shape (n, positions), whole numbers below the number of rows.
+        values: Shape (n, positions, columns).
+        shape: The parameter's, (rows, columns).
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> None:
+        self.index, self.values, self._shape = index, values, tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it keeps."""
+        return self.index.nbytes + self.values.nbytes
+
+    def squared_norm(self) -> Tensor:
+        """‖g_i‖², shape (n,), float64."""
+        same = self.index[:, :, None] == self.index[:, None, :]
+        return ((self.values @ self.values.mT).double() * same).sum((1, 2))
+
+    def gram(self, other: Factor) -> Tensor:
+        """g_i·h_j with the samples of another factor of the same parameter, shape (n, m), float64."""
+        if not isinstance(other, Rows):
+            return _explicit_gram(self, other)
+        m, others = other.index.shape
+        step = max(1, BLOCK // max(1, self.index.shape[1] * m * others))
+        theirs, found = other.values.flatten(0, 1).mT, []
+        for index, values in zip(torch.split(self.index, step), torch.split(self.values, step), strict=True):
+            same = index.reshape(-1, 1) == other.index.reshape(1, -1)
+            pairs = (values.flatten(0, 1) @ theirs).double() * same
+            found.append(pairs.reshape(*index.shape, m, others).sum((1, 3)))
+        return torch.cat(found)
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """g_i·v for v in the parameter's shape, shape (n,), float64."""
+        return (vector.to(self.values)[self.index] * self.values).double().sum((1, 2))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i g_i in the parameter's shape, float64."""
+        rows = (self.values.double() * weights.to(self.values.device).double()[:, None, None]).flatten(0, 1)
+        return rows.new_zeros(self._shape).index_add_(0, self.index.flatten(), rows)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The gradients themselves, some samples at a time, shapes (k, n_entries)."""
+        return self.as_outer().blocks()
+
+    def as_outer(self) -> Outer:
+        """The same with the rows as unit vectors."""
+        unit = torch.nn.functional.one_hot(self.index, self._shape[0]).to(self.values.dtype)
+        return Outer(unit, self.values, self._shape)
+
+
+def outer(left: Tensor, right: Tensor, shape: Sequence[int]) -> Factor:
+    """Σ_p l_ip r_ipᵀ in whichever form takes less memory: the factors, or the gradients themselves.
+
+    Args:
+        left: Shape (n, positions, rows).
+        right: Shape (n, positions, columns).
+        shape: The parameter's.
+    """
+    positions, rows, columns = left.shape[1], left.shape[2], right.shape[2]
+    if positions > 1 and rows * columns <= positions * (rows + columns):
+        return Dense((left.mT @ right).reshape(-1, *shape))
+    return Outer(left, right, shape)
+
+
+def nothing(n: int, like: Tensor) -> Factor:
+    """Gradients that are zero, for n samples of a parameter: a sum over no positions."""
+    rows = like.shape[0] if like.dim() else 1
+    empty = like.detach().new_zeros(n, 0, 1)
+    return Outer(empty.expand(n, 0, rows), empty.expand(n, 0, like.numel() // max(1, rows)), like.shape)
+
+
+def total(factors: Sequence[Factor]) -> Factor:
+    """The sum of the contributions of several uses of one parameter (a tied weight, a layer called twice)."""
+    if len(factors) == 1:
+        return factors[0]
+    factors = [factor.as_outer() if isinstance(factor, Rows) else factor for factor in factors]
+    outers = [factor for factor in factors if isinstance(factor, Outer)]
+    if len(outers) == len(factors):
+        left = torch.cat([factor.left for factor in outers], 1)
+        return outer(left, torch.cat([factor.right for factor in outers], 1), outers[0]._shape)
+    dense = [factor if isinstance(factor, Dense) else _formed(factor) for factor in factors]
+    return functools.reduce(operator.add, dense)
+
+
+def _formed(factor: Factor) -> Dense:
+    assert isinstance(factor, Outer)
+    return Dense(torch.cat(list(factor.blocks())).reshape(-1, *factor._shape))
+
+
+def _squared(rows: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norm.square()
+
+
+def _explicit_gram(one: Factor, other: Factor) -> Tensor:
+    return torch.cat([torch.cat([(a @ b.mT).double() for b in other.blocks()], 1) for a in one.blocks()])
