@@ -12,7 +12,7 @@ import torch
 from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._fisher_figure import draw_fisher
 from dynprobe.analyzers._fisher_parts import SQUARED, Task
-from dynprobe.analyzers._sampling import check_seed
+from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.losses import as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
@@ -200,13 +200,8 @@ def fisher(
         converged=not task.reasons,
         reason="; ".join(task.reasons),
         spent=task.spent,
-        notes=[*_subset_note(batches), *task.notes],
+        notes=[*subset_note(batches), *task.notes],
     )
-
-
-def _subset_note(batches: Any) -> list[str]:
-    n, total = getattr(batches, "n_samples", 0), getattr(batches, "n_total", 0)
-    return [f"measured on {n:,} of {total:,} samples"] if 0 < n < total else []
 
 
 def _check_options(
