@@ -113,6 +113,7 @@ class Task:
             "eigenvalue_converged": found.converged,
             "discrepancy": found.discrepancy,
             "orthogonality": found.orthogonality,
+            "asymmetry": found.asymmetry,
             "n_parameters": self.operator.n_parameters,
             "n_samples": self.operator.n_samples,
             **_ends(found.space),
@@ -121,6 +122,11 @@ class Task:
             self.values |= gap(found.eigenvalue)
         if found.space is None:
             self.reasons.append("a product of the matrix is NaN or infinite")
+        elif found.asymmetry > self.tol * np.abs(found.eigenvalue).max():
+            self.reasons.append(
+                f"the products are not those of a symmetric matrix (off by {found.asymmetry:.2g}): an "
+                "operation of the network has a wrong second derivative, or is not the same every time"
+            )
         elif not found.converged.all():
             self.reasons.append(
                 f"{int((~found.converged).sum())} of {self.top_k} eigenvalues missed the tolerance "

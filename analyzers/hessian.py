@@ -52,6 +52,7 @@ RETURNS = {
     "n_outliers": _some((), "Eigenvalues above that gap", ""),
     "discrepancy": Var((), CURVATURE, "Misfit of an independent product with all pairs"),
     "orthogonality": Var((), "", "Largest entry of |QᵀQ − I|"),
+    "asymmetry": Var((), CURVATURE, "Largest |uᵀHv − vᵀHu| seen"),
     "n_parameters": Var((), "", "Parameters that the matrix is restricted to"),
     "n_samples": Var((), "", "Samples it is averaged over"),
     "loss": Var((), "", "Loss", "loss_stderr"),

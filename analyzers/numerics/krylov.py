@@ -52,6 +52,7 @@ class KrylovSpace:
         projected: T, shape (size, size), float64.
         n_matvec: Products made.
         finite: False once a product held NaN or infinity.
+        asymmetry: Largest |qᵢ·Hqⱼ − qⱼ·Hqᵢ| over the basis: rounding, unless H is not symmetric.
 
     References:
         Ruhe, "Implementation aspects of band Lanczos algorithms", Math. Comp. 33 (1979).
@@ -69,6 +70,7 @@ class KrylovSpace:
         self.size = 0
         self.n_matvec = 0
         self.finite = True
+        self.asymmetry = 0.0
 
     @property
     def basis(self) -> Tensor:
@@ -100,7 +102,7 @@ class KrylovSpace:
 
     def grow(self) -> None:
         """Adds one basis vector, from the chain that has waited longest, and its product."""
-        vector = self._next_vector()
+        vector, expected = self._next_vector()
         if self.size == len(self._rows):
             more = self._rows.new_empty((min(max(self.size // 2, 16), self.n - self.size), self.n))
             self._rows = torch.cat([self._rows, more])
@@ -118,6 +120,8 @@ class KrylovSpace:
             tail.waited = True
         scale = float(torch.linalg.vector_norm(product))
         rest, coefficient = self._coefficients(product)
+        off = np.abs(coefficient[:-1] - expected).max(initial=0.0)
+        self.asymmetry = max(self.asymmetry, float(off))
         projected = np.zeros((self.size, self.size))
         projected[:-1, :-1] = self.projected
         projected[-1, :] = projected[:, -1] = coefficient
@@ -129,19 +133,21 @@ class KrylovSpace:
             weight[-1] = 1.0
             self._tails.append(_Tail(rest, weight))
 
-    def _next_vector(self) -> Tensor:
+    def _next_vector(self) -> tuple[Tensor, Floats]:
+        """The vector to add, and what its product's coefficients must be if H is symmetric."""
         while self._tails:
             tail = self._tails.pop(0)
             length = float(tail.vector.norm())
             vector = tail.vector / max(length, torch.finfo(tail.vector.dtype).tiny)
-            if not tail.waited:
-                return vector
-            vector, left = self._outside(vector)
-            if left > 0.5:
-                return vector / left
-            # Rounding, or a vector that the other chains have reached as well: nothing new to add.
+            if tail.waited:
+                vector, left = self._outside(vector)
+                if left <= 0.5:  # rounding, or what the other chains have reached as well: nothing to add
+                    continue
+                vector = vector / left
+            parts = [float(vector @ other.vector) * other.weight for other in (tail, *self._tails)]
+            return vector, np.sum(parts, axis=0)
         self.add_start()
-        return self._tails.pop().vector
+        return self._tails.pop().vector, np.zeros(self.size)
 
     def _coefficients(self, product: Tensor) -> tuple[Tensor, Floats]:
         """What of a new product lies outside the basis, and its coefficients along the basis."""

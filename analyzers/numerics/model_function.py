@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from dynprobe.analyzers.numerics.evaluate import call
 from dynprobe.analyzers.numerics.params import set_eval, weight_parameters
@@ -31,12 +32,29 @@ class _Caller(nn.Module):
         return call(self.model, inputs)
 
 
+class _PlainWeightNorm(TorchFunctionMode):
+    """Replaces the fused weight norm by its formula: the second derivative of torch 2.13's is wrong.
+
+    Without a word: Hessians come out off by a third, and not symmetric.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        direction, length, dim = (*args, 0)[:3]
+        others = [d for d in range(direction.dim()) if d != dim]
+        return direction * (length / torch.linalg.vector_norm(direction, dim=others, keepdim=True))
+
+
 class ModelFunction:
     """The model as a function of some of its parameters, the others and the buffers held fixed.
 
     Works on copies, so the model's parameters, buffers and `.grad` fields are never written, and each
     module's training flag is put back after every pass. Fused attention and cuDNN's recurrent layers, which
-    cannot be differentiated twice, are replaced by their plain forms.
+    cannot be differentiated twice, and the fused weight norm, whose second derivative is wrong, are replaced
+    by their plain forms.
 
     Args:
         model: The module.
@@ -91,6 +109,7 @@ class ModelFunction:
             self._modes(),
             sdpa_kernel(SDPBackend.MATH),
             torch.backends.cudnn.flags(enabled=False),
+            _PlainWeightNorm(),
         ):
             outputs: Tensor = torch.func.functional_call(self._caller, filled, (inputs,), strict=False)
         return outputs

@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_numbers(name):
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-ROUNDING = ("error", "residual", "discrepancy", "orthogonality")
+ROUNDING = ("error", "residual", "discrepancy", "orthogonality", "asymmetry")
 """Words in the names of variables that measure rounding itself: in float32 it is another at every split."""
 
 

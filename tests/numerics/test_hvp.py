@@ -406,3 +406,28 @@ def test_train_mode_of_an_exported_program_is_refused() -> None:
         HessianOperator(program, [(inputs, targets)], get_loss("cross_entropy"), mode="train")
     with pytest.raises(ValueError, match="eval or train"):
         HessianOperator(model, [(inputs, targets)], get_loss("cross_entropy"), mode="test")
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [nn.utils.parametrizations.weight_norm, lambda m: nn.utils.parametrizations.weight_norm(m, dim=1)],
+)
+def test_weight_norm_has_the_hessian_of_its_formula_where_torchs_fused_one_is_off_by_a_third(
+    normalise,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(normalise(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    inputs, targets = torch.randn(9, 3, dtype=torch.float64), torch.randint(0, 2, (9,))
+    loss = get_loss("cross_entropy")
+    operator = HessianOperator(model, split(inputs, targets, [5, 4]), loss)
+    found = dense(operator)
+    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-12)
+    vector = torch.randn(operator.n_parameters, dtype=torch.float64)
+    weights, step = dict(model.named_parameters()), 1e-5
+
+    def gradient(sign: float) -> Tensor:
+        moved = {n: weights[n] + sign * step * d for n, d in operator.as_dict(vector).items()}
+        return HessianOperator(model, [(inputs, targets)], loss, at=moved, memory=0).gradient()
+
+    expected = (gradient(1.0) - gradient(-1.0)) / (2 * step)
+    torch.testing.assert_close(operator(vector), expected, rtol=1e-5, atol=1e-8)

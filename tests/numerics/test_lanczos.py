@@ -294,3 +294,15 @@ def test_an_operator_that_is_not_what_its_products_say_shows_as_a_discrepancy() 
     assert (found.residual > 1e-3).all()
     assert not found.converged.any()
     assert lanczos(Counted(matrix), n, k=2, tol=1e-6).discrepancy < 1e-12
+
+
+def test_a_matrix_that_is_not_symmetric_is_seen_and_no_eigenvalue_claimed_better_than_that() -> None:
+    matrix, n = planted(BULK)
+    skew = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lopsided = matrix + 1e-3 * (skew - skew.T)
+    found = lanczos(Counted(lopsided), n, k=3, tol=1e-6)
+    assert found.asymmetry > 1e-3
+    assert (found.error_bound >= found.asymmetry).all()
+    assert not found.converged.any()
+    assert lanczos(Counted(matrix), n, k=3, tol=1e-6).asymmetry < 1e-13
+    assert lanczos(Counted(matrix), n, k=3, tol=1e-6, max_basis=12).asymmetry < 1e-13
