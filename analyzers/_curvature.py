@@ -24,6 +24,11 @@ from dynprobe.analyzers.numerics.params import weight_parameters
 Curvature = Literal["hessian", "ggn", "fisher"]
 End = Literal["largest", "smallest", "largest-magnitude", "both"]
 ENDS: dict[str, Which] = {"largest": "LA", "smallest": "SA", "largest-magnitude": "LM", "both": "BE"}
+OPERATORS: dict[str, Callable[..., BatchOperator[Any]]] = {
+    "hessian": HessianOperator,
+    "ggn": GaussNewtonOperator,
+    "fisher": FisherOperator,
+}
 Batches = Sequence[tuple[Any, Tensor]]
 
 GIGABYTE = 1e9
@@ -55,13 +60,10 @@ class Problem:
         Raises:
             OptionError: If the loss defines no distribution, which a Fisher matrix needs.
         """
-        if attention := [n for n, m in self.model.named_modules() if "Attention" in type(m).__name__]:
-            log.debug("%s: on torch's plain kernel; fused attention cannot be derived twice", attention[0])
-        build: Callable[..., BatchOperator[Any]] = {
-            "hessian": HessianOperator,
-            "ggn": GaussNewtonOperator,
-            "fisher": FisherOperator,
-        }[self.curvature]
+        for name, module in self.model.named_modules():
+            if "Attention" in type(module).__name__ or isinstance(module, nn.RNNBase):
+                log.debug("%s: on torch's plain kernels; the fused ones cannot be derived twice", name)
+        build = OPERATORS[self.curvature]
         try:
             return build(
                 self.model,
@@ -83,8 +85,9 @@ class Problem:
         tol: float = 1e-4,
         seed: int = 0,
         max_products: int = 0,
+        reserved: int = 0,
     ) -> Eigenpairs:
-        """Extreme eigenpairs of an operator within the memory.
+        """Extreme eigenpairs of an operator within the memory, of which so many vectors are for other things.
 
         Raises:
             OptionError: If there are fewer parameters than pairs, or too little memory for them.
@@ -94,13 +97,14 @@ class Problem:
             raise OptionError(f"top-k {k} is more than the {n} parameters.", f"Give {n} or fewer.")
         dtype = operator.dtype if operator.dtype == torch.float64 else torch.float32
         vector = n * torch.finfo(dtype).bits // 8
-        room = int(self.memory / 2 / vector)
+        reserved += k  # the eigenvectors themselves
+        room = int(self.memory / 2 / vector) - reserved
         if room < min(n, k + 8):
-            needed = 2 * (k + 8) * vector / GIGABYTE
+            needed = 2 * (min(n, k + 8) + reserved) * vector / GIGABYTE
             raise OptionError(
-                f"memory {self.memory / GIGABYTE:g} GB holds {room} vectors of {n:,} parameters, and top-k "
-                f"{k} needs {k + 8}.",
-                f"Give --memory {needed:.2g} or more, or a smaller --top-k.",
+                f"memory {self.memory / GIGABYTE:g} GB is too little for {k} eigenvectors of {n:,} "
+                "parameters and the vectors they are found with.",
+                f"Give --memory {1.01 * needed:.3g} or more, or a smaller --top-k.",
             )
         return lanczos(
             operator.matvec,
@@ -146,16 +150,21 @@ def in_batches_of(batches: Batches, size: int) -> Batches:
     return [(rows(inputs, slice(a, b)), targets[a:b]) for a, b in itertools.pairwise(edges)]
 
 
-def disjoint_subsets(batches: Batches, count: int, seed: int) -> list[Batches]:
-    """Random disjoint subsets of nearly equal size, each as one batch or as many as the data came in.
+def check_subsets(batches: Batches, count: int) -> None:
+    """Raises where there are too few samples for so many subsets.
 
     Raises:
         OptionError: If there are fewer than two samples for each.
     """
-    inputs, targets = gathered(batches)
-    n = len(targets)
+    n = sum(len(targets) for _, targets in batches)
     if n < 2 * count:
         raise OptionError(f"subsets {count} of {n} samples have fewer than two each.", "Give fewer subsets.")
+
+
+def disjoint_subsets(batches: Batches, count: int, seed: int) -> list[Batches]:
+    """Random disjoint subsets of nearly equal size, each as one batch or as many as the data came in."""
+    inputs, targets = gathered(batches)
+    n = len(targets)
     largest = max(len(part) for _, part in batches)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     subsets = []
@@ -182,4 +191,3 @@ def _joined(parts: list[Any]) -> Any:
 def rows(inputs: Any, which: Any) -> Any:
     """Some samples of a tensor, or of each one of a tuple or dict."""
     return map_tensors(lambda tensor: tensor[which], inputs)
-

@@ -95,6 +95,8 @@ def training_of(
         )
     if math.isnan(eta):
         notes.append("stability is NaN: the learning rate is not known; give --learning-rate")
+    elif eta == 0:
+        notes.append("stability is NaN where the learning rate is 0: nothing moves")
     if not facts.is_sgd or facts.momentum:
         how = "an optimizer other than SGD" if not facts.is_sgd else f"momentum {facts.momentum:g}"
         notes.append(f"stability is that of plain SGD, and the run used {how}")
@@ -193,7 +195,7 @@ def _resolved(residual: Floats, eigenvalue: Floats, rounding: float) -> Floats:
     return resolved
 
 
-def of_covariance(found: GradientCovariance, rounding: float) -> dict[str, Any]:
+def of_covariance(found: GradientCovariance, notes: list[str]) -> dict[str, Any]:
     """Spectrum and trace of K with their errors, noise scale, loss."""
     mean, stderr, _ = estimate(torch.from_numpy(found.loss))
     values = found.estimates() | {
@@ -203,11 +205,20 @@ def of_covariance(found: GradientCovariance, rounding: float) -> dict[str, Any]:
         "loss_stderr": stderr,
     }
     if found.route == "lanczos":
-        values["eigenvalue_residual"] = _resolved(found.residual, found.eigenvalue, rounding)
+        values["eigenvalue_residual"] = _resolved(found.residual, found.eigenvalue, found.rounding)
+    if found.vanishes:
+        notes.append("all gradients are equal but for rounding: K is zero, and its ratios and directions NaN")
+        return values
+    if len(found.loss) < 3:
+        notes.append("standard errors of K and trace_ratio are NaN: they need three samples")
+    elif math.isnan(values["trace_ratio_stderr"]):
+        notes.append("trace_ratio_stderr is NaN: without some samples all gradients are equal")
+    if math.isnan(values["noise_scale"]):
+        notes.append("noise_scale is NaN: the mean gradient is not resolved from the noise of these samples")
     return values
 
 
-def of_minibatches(found: GradientCovariance, rounding: float, size: int, notes: list[str]) -> dict[str, Any]:
+def of_minibatches(found: GradientCovariance, size: int, notes: list[str]) -> dict[str, Any]:
     """K as published, from the gradients of disjoint mini-batches; NaN where fewer than three fit."""
     names = ("minibatch_eigenvalue", "minibatch_trace", "minibatch_ratio")
     count = len(found.partition.minibatch)
@@ -216,11 +227,13 @@ def of_minibatches(found: GradientCovariance, rounding: float, size: int, notes:
     shares = ("top_gradient_share", "top_gradient_share_stderr")
     if not count:
         return values | dict.fromkeys(shares, math.nan)
-    spectrum = minibatch_spectrum(found.batch_gram, rounding)
-    if math.isnan(spectrum.ratio):
+    spectrum = minibatch_spectrum(found.batch_gram, found.rounding)
+    if math.isnan(spectrum.ratio) and not found.vanishes:
         notes.append("minibatch_ratio is NaN: the smallest eigenvalue is not above rounding")
     rank = min(SHARED_RANK, found.score.shape[1])
     mean, stderr, _ = estimate(torch.from_numpy(found.minibatch_share(rank)))
+    if math.isnan(mean) and not found.vanishes:
+        notes.append("top_gradient_share is NaN: the gradient of a mini-batch is zero")
     drawn = (spectrum.eigenvalue, spectrum.trace, spectrum.ratio)
     return values | dict(zip(names, drawn, strict=True)) | dict(zip(shares, (mean, stderr), strict=True))
 

@@ -63,6 +63,8 @@ class _Run:
 
     def __init__(self, result: Result) -> None:
         self.result = result
+        chosen = (result.attributes.get("options") or {}).get("curvature", "hessian")
+        self.matrix = {"ggn": "Gauss–Newton matrix", "fisher": "Fisher matrix"}.get(chosen, "Hessian")
         status = np.atleast_1d(result["status"])
         self.good = np.flatnonzero(status != FAILED)
         steps = np.atleast_1d(result["step"]) if "step" in result else np.arange(len(status))
@@ -99,7 +101,7 @@ def _draw_eigenvalues(panel: Any, run: _Run) -> None:
         _draw_spectrum(panel, run)
         return
     eigenvalue, bound = run["eigenvalue"], run["error_bound"]
-    for colour, (name, rows) in zip(COLOURS, run.runs.items(), strict=False):
+    for colour, (name, rows) in zip(_colours(len(run.runs)), run.runs.items(), strict=True):
         steps = run.step[rows]
         for rank in range(eigenvalue.shape[1])[::-1]:
             y, e = eigenvalue[rows, rank], bound[rows, rank]
@@ -119,7 +121,7 @@ def _draw_eigenvalues(panel: Any, run: _Run) -> None:
             panel.plot(steps, limit, color=colour, linewidth=0.7, linestyle="--")
     _explain_lines(panel, run)
     _scale(panel, eigenvalue[run.good].ravel())
-    panel.set_ylabel("eigenvalue of the Hessian")
+    panel.set_ylabel(f"eigenvalue of the {run.matrix}")
     panel.set_xlabel(run.step_name)
     _space_steps(panel, run)
     panel.legend(fontsize=5)
@@ -137,16 +139,18 @@ def _explain_lines(panel: Any, run: _Run) -> None:
 def _draw_spectrum(panel: Any, run: _Run) -> None:
     """One checkpoint per run: eigenvalues over their rank."""
     ranks = np.asarray(run.result["rank"], dtype=float)
-    for colour, (name, rows) in zip(COLOURS, run.runs.items(), strict=False):
+    for colour, (name, rows) in zip(_colours(len(run.runs)), run.runs.items(), strict=True):
         y, e = run["eigenvalue"][rows[0]], run["error_bound"][rows[0]]
         label = name.replace("$", r"\$") if len(run.runs) > 1 else None
         panel.errorbar(ranks, y, e, color=colour, fmt="o-", markersize=2.5, linewidth=0.6, label=label)
         limit = float(run["stability_threshold"][rows[0]])
         if math.isfinite(limit):
-            panel.axhline(limit, color=colour, linewidth=0.7, linestyle="--", label="stability threshold 2/η")
+            panel.axhline(limit, color=colour, linewidth=0.7, linestyle="--")
     _scale(panel, run["eigenvalue"][run.good].ravel())
+    if np.isfinite(run["stability_threshold"][run.good]).any():
+        panel.plot([], [], color=GREY, linewidth=0.7, linestyle="--", label="stability threshold 2/η")
     panel.set_xlabel("rank")
-    panel.set_ylabel("eigenvalue of the Hessian")
+    panel.set_ylabel(f"eigenvalue of the {run.matrix}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     if panel.get_legend_handles_labels()[1]:
         panel.legend(fontsize=5)
@@ -154,7 +158,8 @@ def _draw_spectrum(panel: Any, run: _Run) -> None:
 
 def _draw_density(panel: Any, run: _Run) -> None:
     count, highest = run["n_parameters"], 1.0
-    for colour, piece in zip(COLOURS, run.shown(), strict=False):
+    shown = [piece for piece in run.shown() if np.isfinite(run["density"][piece]).any()]
+    for colour, piece in zip(_colours(len(shown)), shown, strict=True):
         width = run["density_width"][piece]
         # in eigenvalues per width of the smoothing: 1 is a single eigenvalue's height, times √(2π)
         scale = count[piece] * width * math.sqrt(2 * math.pi)
@@ -171,7 +176,8 @@ def _draw_density(panel: Any, run: _Run) -> None:
 
 def _draw_along(panel: Any, run: _Run) -> None:
     epsilon = np.asarray(run.result["epsilon"], dtype=float)
-    for colour, piece in zip(COLOURS, run.shown(), strict=False):
+    shown = run.shown()
+    for colour, piece in zip(_colours(len(shown)), shown, strict=True):
         for name, line in (("along_loss", "-"), ("along_test_loss", "--")):
             if name not in run.result:
                 continue
@@ -188,15 +194,14 @@ def _draw_along(panel: Any, run: _Run) -> None:
 
 
 def _draw_layers(panel: Any, run: _Run) -> None:
-    layers = [str(name) for name in run.result["layer"]]
     solved = "layer_eigenvalue" in run.result
     values = run["layer_eigenvalue"][..., 0] if solved else run["layer_trace"]
-    rows = next(iter(run.runs.values()))
-    colours = [*COLOURS] if len(layers) <= len(COLOURS) else _many(len(layers))
-    for colour, (i, name) in zip(colours, enumerate(layers), strict=False):
-        panel.plot(
-            run.step[rows], values[rows, i], color=colour, linewidth=0.8, label=name, marker="o", markersize=2
-        )
+    rows = next(iter(run.runs.values()))  # layers are many: of one run, which the title names
+    layers = [i for i in range(values.shape[1]) if np.isfinite(values[rows, i]).any()]
+    for colour, i in zip(_colours(len(layers)), layers, strict=True):
+        name = str(run.result["layer"][i])
+        style = {"color": colour, "linewidth": 0.8, "marker": "o", "markersize": 2}
+        panel.plot(run.step[rows], values[rows, i], label=name, **style)
     _scale(panel, values[rows].ravel())
     panel.set_ylabel("largest eigenvalue of the layer" if solved else "trace of the layer")
     panel.set_xlabel(run.step_name)
@@ -206,7 +211,10 @@ def _draw_layers(panel: Any, run: _Run) -> None:
     panel.legend(fontsize=4.5, ncols=2 if len(layers) > 6 else 1)
 
 
-def _many(count: int) -> list[Any]:
+def _colours(count: int) -> list[Any]:
+    """As many colours as there are curves; beyond the few that are told apart by name, in order."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
     import matplotlib
 
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count)))

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._curvature import Batches, End, Problem, disjoint_subsets, rows
 from dynprobe.analyzers._sampling import Meter, Sampler, chosen_metrics, stacked
 from dynprobe.analyzers.numerics.batch_operator import BatchOperator
 from dynprobe.analyzers.numerics.density import Quadrature, density, negative_part, quadrature
 from dynprobe.analyzers.numerics.fisher_trace import exact_fisher_trace
-from dynprobe.analyzers.numerics.grid import symmetric_axis
 from dynprobe.analyzers.numerics.krylov import KrylovSpace
-from dynprobe.analyzers.numerics.lanczos import Eigenpairs
+from dynprobe.analyzers.numerics.lanczos import INSIDE, Eigenpairs
+from dynprobe.analyzers.numerics.losses import Loss
 from dynprobe.analyzers.numerics.output_factor import output_factor
 from dynprobe.analyzers.numerics.params import layers_of, weight_parameters
 from dynprobe.analyzers.numerics.per_sample import PerSamplePass
@@ -51,6 +50,7 @@ class Task:
         tol: Relative tolerance of the eigenvalues.
         seed: Of everything random.
         max_products: Most products for the pairs; 0 for a default.
+        reserved: Vectors that other things than the pairs will take.
         partial: Where finished layers and subsets are kept, or None.
         progress: Called with (done, total, what), or None.
         expected: Products that are likely to be needed, for progress.
@@ -64,6 +64,7 @@ class Task:
     tol: float
     seed: int
     max_products: int = 0
+    reserved: int = 0
     partial: Any = None
     progress: Callable[[int, int, str], None] | None = None
     expected: int = 1
@@ -78,17 +79,19 @@ class Task:
         return self._counted(self.problem.operator(self.batches, self.names))
 
     def _counted(self, operator: BatchOperator[Any]) -> BatchOperator[Any]:
-        matvec = operator.matvec
-
-        def counting(vector: Tensor) -> Tensor:
-            self.spent["hvps"] += 1
-            if self.progress is not None:
-                done = self.spent["hvps"]
-                self.progress(done, max(done, self.expected), "products")
-            return matvec(vector)
-
-        operator.matvec = counting  # type: ignore[method-assign]
+        operator.on_product = self._count
         return operator
+
+    def _count(self) -> None:
+        self.spent["hvps"] += 1
+        if self.progress is not None:
+            done = self.spent["hvps"]
+            self.progress(done, max(done, self.expected), "products")
+
+    def release(self) -> None:
+        """Lets go of the whole matrix's graphs and Krylov vectors, before other matrices take the memory."""
+        self.operator.release()
+        self.pairs = replace(self.pairs, space=None)
 
     @functools.cached_property
     def pairs(self) -> Eigenpairs:
@@ -100,6 +103,7 @@ class Task:
             tol=self.tol,
             seed=self.seed,
             max_products=self.max_products,
+            reserved=self.reserved,
         )
 
     def solve(self) -> None:
@@ -129,10 +133,22 @@ class Task:
             )
         elif not found.converged.all():
             self.reasons.append(
-                f"{int((~found.converged).sum())} of {self.top_k} eigenvalues missed the tolerance "
-                f"{self.tol:g} after {found.n_matvec} products; --max-hvps allows more"
+                f"{self._missed(found)} after {found.n_matvec} products; {self._limit(found)}"
             )
         self._note_the_other_end(found)
+
+    def _missed(self, found: Eigenpairs) -> str:
+        count, of = int((~found.converged).sum()), len(found.converged)
+        return f"{count} of {of} eigenvalues missed the tolerance {self.tol:g}"
+
+    def _limit(self, found: Eigenpairs) -> str:
+        """What keeps the eigenvalues from being better known."""
+        allowed = float(INSIDE * self.operator.rounding)
+        if self.tol < 2 * allowed:
+            name = str(self.operator.dtype).removeprefix("torch.")
+            return f"rounding in {name} allows {allowed:.0e}, --dtype float64 less"
+        worst = float((found.error_bound / np.maximum(np.abs(found.eigenvalue), 1e-300)).max())
+        return f"the largest relative error bound is {worst:.1e}; --max-hvps allows more"
 
     def _note_the_other_end(self, found: Eigenpairs) -> None:
         """No choice of an end hides a larger eigenvalue at the other."""
@@ -168,7 +184,7 @@ class Task:
         if not wanted or trace_tol is None:
             return
         while not (space.complete or estimate.result().reached(trace_tol)) and estimate.n_probes < max_probes:
-            signs = random_signs(space.n, self._probe_seed(estimate.n_probes), space.basis)
+            signs = random_signs(space.n, self._probe_seed(estimate.n_probes), self.pairs.eigenvector)
             estimate.add(signs, signs, self.operator.matvec(signs))
         result = estimate.result()
         self._add_trace(result.value, result.stderr, result.layer, result.layer_stderr, result.n_probes)
@@ -209,13 +225,16 @@ class Task:
         self.spent["gradients"] += found.backwards
         layer = np.array([found.estimate(members).value for members in self._layers().values()])
         self._add_trace(float(layer.sum()), 0.0, layer, np.zeros(len(layer)), 0)
-        self.notes.append("the trace is exact, whole and by layer: tr H = tr GGN = tr F here")
+        names = "tr H = tr GGN = tr F" if self.problem.curvature == "hessian" else "tr GGN = tr F"
+        self.notes.append(f"the trace is exact, whole and by layer: {names} here")
         return True
 
     def _no_exact_trace(self) -> str:
         """Why the trace of the matrix is not the sum of squared gradients of few outputs; empty if it is."""
         if self.problem.mode == "train":
             return "BatchNorm in train mode mixes the samples"
+        if self.problem.curvature != "fisher" and not _sum_to_one(self.problem.loss, self.batches):
+            return "the targets are not probabilities"
         inputs, targets = rows(self.batches[0][0], slice(2)), self.batches[0][1][:2]
         if self.problem.curvature == "hessian":
             linear, why = linear_in_each_tensor(self.problem.model, inputs, self.names)
@@ -242,13 +261,16 @@ class Task:
 
     def _add_density(self, probes: list[Quadrature]) -> None:
         found, n = self.pairs.eigenvalue, self.operator.n_parameters
-        if not all(np.isfinite(probe.node).all() for probe in probes):
+        everything = np.concatenate([found, *(probe.node for probe in probes)])
+        if not np.isfinite(everything).all():
             self.reasons.append("the density is missing: a product is NaN or infinite")
             return
+        largest = float(np.abs(everything).max())
+        if largest == 0:
+            self.notes.append("there is no density: the matrix is zero")
+            return
         smooth = density(found, probes, n, n_grid=GRID, width=0.0)
-        cut = NEGATIVE * max(float(np.abs(p.node).max()) for p in probes)
-        cut = max(cut, NEGATIVE * float(np.abs(found).max()))
-        negative = negative_part(found, probes, n, cut=cut)
+        negative = negative_part(found, probes, n, cut=NEGATIVE * largest)
         longest = max(len(probe.node) for probe in probes)
         self.values |= {
             "density": smooth.density,
@@ -270,7 +292,7 @@ class Task:
         for layer, members in layers.items():
             row = self._part(f"layer-{layer}", self.batches, members, self.tol)
             if not row.pop("converged").all():
-                self.reasons.append(f"eigenvalues of {layer} missed the tolerance")
+                self.reasons.append(f"eigenvalues of layer {layer!r} missed the tolerance")
             for name, values in row.items():
                 columns.setdefault(name, []).append(_padded(values, self.top_k))
         self.values["layer"] = np.array(list(layers), dtype=object)
@@ -314,6 +336,7 @@ class Task:
             seed=self.seed,
             max_products=self.max_products,
         )
+        operator.release()
         row = {
             "eigenvalue": found.eigenvalue,
             "residual": found.residual,
@@ -324,16 +347,14 @@ class Task:
             self.partial.put(name, row | {"hvps": np.array(self.spent["hvps"] - before)})
         return row
 
-    def along(self, test_batches: Any, count: int, span: float, resolution: int) -> None:
+    def along(self, test_batches: Any, axis: Floats, count: int) -> None:
         """Loss and accuracy along the eigenvectors, on training and test data.
 
-        Raises:
-            OptionError: If the axis cannot be as asked for.
+        Args:
+            test_batches: The test data, or None.
+            axis: Distances, in units of the eigenvectors.
+            count: How many eigenvectors.
         """
-        try:
-            axis = symmetric_axis(resolution, span)
-        except ValueError as error:
-            raise OptionError(str(error), "Change --resolution or --span.") from error
         problem = self.problem
         metrics = chosen_metrics("auto", self.batches, problem.loss, problem.model)
         meter = Meter(self.progress, count * len(axis))
@@ -347,7 +368,6 @@ class Task:
                 problem.loss,
                 [direction],
                 metrics=metrics,
-                batchnorm="recompute" if problem.mode == "train" else "frozen",
                 test_batches=test_batches,
             )
             sampler = Sampler(make, f"along-{i}", axis, np.zeros(1), self.partial, meter)
@@ -378,6 +398,14 @@ def _ends(space: KrylovSpace | None) -> dict[str, float]:
         return dict.fromkeys(names, np.nan)
     value, _, residual = space.ritz()
     return dict(zip(names, (value[-1], residual[-1], value[0], residual[0]), strict=True))
+
+
+def _sum_to_one(loss: Loss, batches: Batches) -> bool:
+    """Whether soft labels of a cross-entropy are probabilities, without which it has another curvature."""
+    if loss.name != "cross_entropy":
+        return True
+    sums = [t.sum(1) for _, t in batches if t.is_floating_point()]
+    return all(torch.allclose(total, torch.ones_like(total), atol=1e-5) for total in sums)
 
 
 def _padded(values: Any, size: int) -> Floats:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers.numerics.evaluate import call
+from dynprobe.analyzers.numerics.evaluate import call, map_tensors
 from dynprobe.analyzers.numerics.grid import Refined, refine
 from dynprobe.analyzers.numerics.losses import Loss
 from dynprobe.analyzers.numerics.surface import Surface
@@ -102,6 +102,23 @@ class Sampler:
         if self._partial is not None:
             self._partial.put(part, found)
         return found
+
+
+def check_repeatable(model: torch.nn.Module, batches: Any) -> None:
+    """Raises where the network is not the same function twice, in eval mode: nothing could be measured of it.
+
+    Raises:
+        OptionError: If two passes over the first batch differ by more than rounding.
+    """
+    inputs = map_tensors(torch.clone, next(iter(batches))[0])
+    with torch.inference_mode():
+        one, two = (call(model, map_tensors(torch.clone, inputs)).double() for _ in range(2))
+    scale = one.abs().amax().nan_to_num()
+    if not torch.allclose(one, two, rtol=0, atol=1e-3 * float(scale), equal_nan=True):
+        raise OptionError(
+            "the network gives other outputs for the same inputs when called again.",
+            "Is dropout called as a function? Pass it training=self.training.",
+        )
 
 
 def subset_note(batches: Any, consequence: str = "") -> list[str]:

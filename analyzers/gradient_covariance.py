@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -27,11 +28,11 @@ from dynprobe.analyzers._hessian_parts import Task
 from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.break_even import break_even_step
-from dynprobe.analyzers.numerics.covariance import GradientCovariance, partition
+from dynprobe.analyzers.numerics.covariance import GradientCovariance, Partition, partition
+from dynprobe.analyzers.numerics.covariance_routes import TooLittleMemory
 from dynprobe.analyzers.numerics.covariance_routes import gradient_covariance as measure_covariance
 from dynprobe.analyzers.numerics.directional import Directional, per_sample_curvature
-from dynprobe.analyzers.numerics.hvp import HessianOperator
-from dynprobe.analyzers.numerics.lanczos import Eigenpairs, lanczos
+from dynprobe.analyzers.numerics.lanczos import Eigenpairs
 from dynprobe.analyzers.numerics.losses import Loss, as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
 
@@ -187,7 +188,7 @@ def gradient_covariance(
     minibatches: Annotated[int, Range(min=3)] = MINIBATCHES,
     hessian_top_k: Annotated[int, Range(min=1)] = 2,
     hessian_trace: bool = False,
-    tol: Annotated[float, Range(min=0)] = 1e-5,
+    tol: Annotated[float, Range(min=0)] = 1e-4,
     learning_rate: Annotated[float, Range(min=0)] = 0.0,
     train_batch_size: Annotated[int, Range(min=0)] = 0,
     train_samples: Annotated[int, Range(min=0)] = 0,
@@ -231,7 +232,7 @@ def gradient_covariance(
         train_batch_size: Samples in a training batch; 0 takes what the manifest says.
         train_samples: Size of the training set; 0 takes what the manifest says, or else the size of the data.
         memory: Gigabytes for the factors of all gradients and their inner products; beyond that K is
-            decomposed by Lanczos.
+            decomposed by Lanczos, whose vectors and kept graphs share them, as those for the Hessian do.
         consecutive: Report the change of the loss since the checkpoint before where that is one step earlier.
         seed: Of start vectors, mini-batches, and the groups left out for standard errors.
 
@@ -272,14 +273,15 @@ def gradient_covariance(
         notes.append(f"K of {n_samples} samples and {n_parameters} parameters has rank at most {k}")
     loss = as_loss(loss)
     with frozen_eval(model):
-        sharp, along = _curvature(model, batches, loss, min(hessian_top_k, n_parameters), tol, seed)
-        whole = _trace(model, batches, loss, memory, seed) if hessian_trace else None
-        found = measure_covariance(model, batches, loss, groups, k=k, memory=memory * 1e9, tol=tol, seed=seed)
+        problem = Problem(model, loss, memory=memory * GIGABYTE)
+        sharp, along = _curvature(problem, batches, min(hessian_top_k, n_parameters), tol, seed)
+        found = _covariance(problem, batches, groups, k, tol, seed)
+        whole = _trace(problem, batches, seed) if hessian_trace else None
     rounding = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters())
     values = of_hessian(sharp, rounding, notes) | of_curvature(sharp, tol, along, facts)
     values |= {
-        **of_covariance(found, rounding),
-        **of_minibatches(found, rounding, minibatch, notes),
+        **of_covariance(found, notes),
+        **of_minibatches(found, minibatch, notes),
         "alignment": found.alignment(along.slope.numpy()),
         "alignment_chance": 1 / math.sqrt(n_parameters),
         **of_batchnorm(model),
@@ -291,8 +293,6 @@ def gradient_covariance(
             "hessian_trace_ratio": whole.values["trace"] / values["hessian_eigenvalue"],
         }
         notes += whole.notes
-    if not math.isfinite(values["noise_scale"]):
-        notes.append("noise_scale is NaN: the mean gradient is not resolved from the noise of these samples")
     if consecutive:
         change, stderr, note = loss_change(found.loss, step, previous)
         notes += [note] if note else []
@@ -316,35 +316,46 @@ def _check_options(minibatch: int, minibatches: int, tol: float) -> None:
     if not minibatch and minibatches != MINIBATCHES:
         raise OptionError("minibatches would have no effect with minibatch 0.", "Leave it out.")
     if not 0 < tol < 1:
-        raise OptionError(f"tol {tol:g} is no relative tolerance.", "1e-5 is a hundred-thousandth.")
+        raise OptionError(f"tol {tol:g} is no relative tolerance.", "1e-4 is a ten-thousandth.")
 
 
 def _curvature(
-    model: nn.Module, batches: Any, loss: Loss, k: int, tol: float, seed: int
+    problem: Problem, batches: Any, k: int, tol: float, seed: int
 ) -> tuple[Eigenpairs, Directional]:
     """Leading eigenpairs of the Hessian, and each sample's slope and curvature along the first."""
-    operator = HessianOperator(model, batches, loss)
-    pairs = lanczos(
-        operator.matvec,
-        operator.n_parameters,
-        k=k,
-        which="LA",
-        tol=VECTOR * tol,
-        seed=seed,
-        device=operator.device,
-        rounding=operator.rounding,
-    )
-    return pairs, per_sample_curvature(model, batches, loss, operator.as_dict(pairs.eigenvector[0]))
+    operator = problem.operator(batches)
+    try:
+        pairs = problem.eigenpairs(operator, k, tol=VECTOR * tol, seed=seed)
+    except OptionError as error:  # the option is called differently here
+        message, tip = (text.replace("top-k", "hessian-top-k") for text in (error.message, error.tip))
+        raise OptionError(message, tip) from error
+    direction = operator.as_dict(pairs.eigenvector[0])
+    # Without the Krylov space, which keeps the operator and its graphs too.
+    return replace(pairs, space=None), per_sample_curvature(problem.model, batches, problem.loss, direction)
 
 
-def _trace(model: nn.Module, batches: Any, loss: Loss, memory: float, seed: int) -> Task:
+def _trace(problem: Problem, batches: Any, seed: int) -> Task:
     """The Hessian's trace as `dynprobe hessian --trace` measures it."""
-    names = [name for name, _ in model.named_parameters()]
-    task = Task(
-        Problem(model, loss, memory=memory * GIGABYTE), list(batches), names, 1, "largest", 1e-3, seed
-    )
+    names = [name for name, _ in problem.model.named_parameters()]
+    task = Task(problem, list(batches), names, 1, "largest", 1e-3, seed)
     task.spectrum(TRACE_TOL, MOST_PROBES, 0, 1)
     return task
+
+
+def _covariance(
+    problem: Problem, batches: Any, groups: Partition, k: int, tol: float, seed: int
+) -> GradientCovariance:
+    """K by whichever route fits in memory."""
+    given = problem.model, batches, problem.loss, groups
+    try:
+        return measure_covariance(*given, k=k, memory=problem.memory, tol=tol, seed=seed)
+    except TooLittleMemory as error:
+        needed = math.ceil(1000 * error.needed / GIGABYTE) / 1000
+        raise OptionError(
+            f"memory {problem.memory / GIGABYTE:g} GB holds neither all gradients nor the {error.vectors} "
+            f"vectors that the eigenvalues of their covariance need: {error.room} fit in half of it.",
+            f"Give --memory {needed:g} or more, a smaller --top-k, or fewer --samples.",
+        ) from error
 
 
 def _unconverged(pairs: Eigenpairs, found: GradientCovariance, tol: float) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dynprobe.analyzers import Measurement, OptionError, Range, Result, Var, analyzer
 from dynprobe.analyzers._curvature import (
@@ -16,15 +17,18 @@ from dynprobe.analyzers._curvature import (
     Curvature,
     End,
     Problem,
+    check_subsets,
     chosen_parameters,
     in_batches_of,
 )
 from dynprobe.analyzers._hessian_figure import draw_hessian
 from dynprobe.analyzers._hessian_parts import Task
-from dynprobe.analyzers._sampling import check_seed, subset_note
+from dynprobe.analyzers._sampling import check_repeatable, check_seed, subset_note
 from dynprobe.analyzers._training import training_facts
 from dynprobe.analyzers.numerics.evaluate import evaluate
+from dynprobe.analyzers.numerics.grid import symmetric_axis
 from dynprobe.analyzers.numerics.losses import as_loss
+from dynprobe.analyzers.numerics.model_function import normalising_layers
 from dynprobe.analyzers.numerics.params import frozen_eval
 
 CURVATURE = "loss per squared parameter"
@@ -44,9 +48,9 @@ RETURNS = {
     "residual": Var(("rank",), CURVATURE, "‖Hv − λv‖ of the pair"),
     "error_bound": Var(("rank",), CURVATURE, "Bound on the error of the eigenvalue, on these data"),
     "eigenvalue_converged": Var(("rank",), "", "1 where the bound is within the tolerance"),
-    "largest": Var((), CURVATURE, "Largest eigenvalue of the Krylov space", "largest_residual"),
+    "largest": Var((), CURVATURE, "Largest Ritz value: no more than the largest eigenvalue"),
     "largest_residual": Var((), CURVATURE, "Its ‖Hv − λv‖"),
-    "smallest": Var((), CURVATURE, "Smallest eigenvalue of the Krylov space", "smallest_residual"),
+    "smallest": Var((), CURVATURE, "Smallest Ritz value: no less than the smallest eigenvalue"),
     "smallest_residual": Var((), CURVATURE, "Its ‖Hv − λv‖"),
     "spectral_gap": _some((), "Largest ratio of one positive eigenvalue to the next", ""),
     "n_outliers": _some((), "Eigenvalues above that gap", ""),
@@ -115,9 +119,10 @@ TABLE = (
 
 
 def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
-    """Typical counts: 3 products a pair and 15 more to verify, on each subset again; probes as asked for."""
+    """Typical counts in products over all data: for all subsets, and each of 8 layers, as for the whole."""
     del n_checkpoints
-    hvps = (3 * int(options.get("top_k", 5)) + 15) * (1 + bool(options.get("subsets", 0)))
+    solve = 3 * int(options.get("top_k", 5)) + 15
+    hvps = solve * (1 + bool(options.get("subsets", 0)) + 8 * bool(options.get("layers", False)))
     if options.get("density", False):
         hvps += int(options.get("density_probes", 5)) * int(options.get("density_steps", 32))
     if options.get("trace", False):
@@ -130,9 +135,10 @@ def _skips(options: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _summary(result: Result) -> dict[str, Any]:
-    """The largest eigenvalue over the run, and the step it is reached at."""
+    """The largest eigenvalue over the run, and the step it is reached at; NaN if that end was not solved."""
     largest = np.atleast_1d(result["largest"]).astype(float)
-    if not np.isfinite(largest).any():
+    solved = (result.attributes.get("options") or {}).get("which") != "smallest"
+    if not solved or not np.isfinite(largest).any():
         return {"maximum": math.nan, "maximum_step": math.nan}
     at = int(np.nanargmax(largest))
     steps = np.atleast_1d(result["step"]) if "step" in result else np.arange(len(largest))
@@ -252,43 +258,60 @@ def hessian(
         Parlett, "The Symmetric Eigenvalue Problem" (1998), chapters 11 and 13.
     """
     check_seed(seed)
-    _check_options(tol, span, subsets, along, top_k, train_batch > 0 and mode != "train")
+    _check_options(tol, subsets, along, top_k, max_hvps, train=mode == "train", train_batch=train_batch)
+    axis = _axis(resolution, span) if along else np.zeros(1)
     loss = as_loss(loss)
     facts = training_facts(training, step, learning_rate=learning_rate)
     with frozen_eval(model):
         names = chosen_parameters(model, params)
+        check_repeatable(model, batches)
         own = evaluate(model, batches, loss)["loss"]
         data: Batches = list(batches)
         notes = [*subset_note(batches, SUBSET), *facts.notes]
+        if subsets:
+            check_subsets(data, subsets)
+        if mode == "train" and not normalising_layers(model):
+            mode = "eval"
+            notes.append("the network has no BatchNorm: it is the same in train and eval mode")
         if mode == "train":
             data = in_batches_of(data, train_batch or facts.batch_size or 0)
             notes.append(
                 f"BatchNorm used the statistics of batches of {len(data[0][1])} samples, in the order of the "
                 "data; the loss is that in eval mode"
             )
+        asked = {"top_k": top_k, "trace": trace, "density": density, "subsets": subsets, "layers": layers}
         task = Task(
-            Problem(model, loss, curvature, mode, memory * GIGABYTE), data, names, top_k, which, tol, seed,
-            max_hvps, partial, progress,
-        )  # fmt: skip
-        task.expected = _cost({"top_k": top_k, "trace": trace, "density": density, "subsets": subsets}, 1)[
-            "hvps"
-        ]
+            Problem(model, loss, curvature, mode, memory * GIGABYTE),
+            data,
+            names,
+            top_k,
+            which,
+            tol,
+            seed,
+            max_products=max_hvps,
+            reserved=density_steps if density else 0,
+            partial=partial,
+            progress=progress,
+            expected=_cost(asked, 1)["hvps"],
+        )
         task.solve()
         if trace or density:
             task.spectrum(trace_tol if trace else None, max_probes, density_probes * density, density_steps)
+        vector = task.pairs.eigenvector
+        task.release()
         if layers:
             task.by_layer()
         if subsets:
             task.on_subsets(subsets)
         if along:
-            task.along(test_batches, along, span, resolution)
+            task.along(test_batches, axis, along)
     values = task.values | {
         "loss": own.value,
         "loss_stderr": own.stderr,
         "stability_threshold": facts.stability_threshold,
     }
     if vectors:
-        values["eigenvector"] = task.pairs.eigenvector.float()
+        values["eigenvector"] = vector.float()
     task.spent["forwards"] += 1
     return Measurement(
         values,
@@ -299,15 +322,34 @@ def hessian(
     )
 
 
-def _check_options(tol: float, span: float, subsets: int, along: int, top_k: int, idle_batch: bool) -> None:
+def _check_options(
+    tol: float, subsets: int, along: int, top_k: int, max_hvps: int, *, train: bool, train_batch: int
+) -> None:
     """No option is accepted and ignored, and none fails after the compute."""
     if not 0 < tol < 1:
         raise OptionError(f"tol {tol:g} is no relative tolerance.", "0.0001 asks for four digits.")
-    if not 0 < span < math.inf:
-        raise OptionError(f"span {span:g} must be positive and finite.", "0.5 reaches from -0.5 to 0.5.")
     if subsets == 1:
         raise OptionError("one subset is all of the data.", "Give --subsets 2 or more, or 0 for none.")
     if along > top_k:
         raise OptionError(f"along {along} needs so many eigenvectors.", f"Give --top-k {along}.")
-    if idle_batch:
+    if 0 < max_hvps <= top_k:
+        raise OptionError(f"max-hvps {max_hvps} cannot give {top_k} pairs.", f"Give more than {top_k}, or 0.")
+    if train_batch and not train:
         raise OptionError("train-batch is for mode train.", "Add --mode train, or leave it out.")
+    if train and along:
+        raise OptionError(
+            "along draws the loss in eval mode, and mode train measures another function.",
+            "Leave one of the two out.",
+        )
+
+
+def _axis(resolution: int, span: float) -> NDArray[np.float64]:
+    """Distances along an eigenvector.
+
+    Raises:
+        OptionError: If they cannot be as asked for.
+    """
+    try:
+        return symmetric_axis(resolution, span)
+    except ValueError as error:
+        raise OptionError(str(error), "Change --resolution or --span.") from error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynprobe.analyzers import Lines, Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._curvature import GIGABYTE, Curvature, Problem
-from dynprobe.analyzers._sampling import check_seed, subset_note
+from dynprobe.analyzers._sampling import check_repeatable, check_seed, subset_note
+from dynprobe.analyzers.numerics.evaluate import map_tensors
 from dynprobe.analyzers.numerics.lanczos import Eigenpairs
 from dynprobe.analyzers.numerics.losses import Loss, as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
@@ -100,15 +104,20 @@ def hessian_overlap(
             "eigenspaces cannot be compared.",
             "Compare runs of one architecture.",
         )
-    product = a.eigenvector[:top_k].double() @ b.eigenvector[:top_k].double().T
-    cosine = torch.linalg.svdvals(product).clamp(max=1.0).cpu().numpy()
-    angle = _rotation(a, top_k) + _rotation(b, top_k)
-    missed = [name for name, found in (("first", a), ("second", b)) if not found.converged[:top_k].all()]
+    reasons = [
+        f"{_trouble(found, top_k)} at the {name} checkpoint"
+        for name, found in (("first", a), ("second", b))
+        if _trouble(found, top_k)
+    ]
+    cosine = np.full(top_k, np.nan)
+    if np.isfinite(a.eigenvalue).all() and np.isfinite(b.eigenvalue).all():
+        product = a.eigenvector[:top_k].double() @ b.eigenvector[:top_k].double().T
+        cosine = torch.linalg.svdvals(product).clamp(max=1.0).cpu().numpy()
     return Measurement(
         {
             "overlap": float((cosine**2).mean()),
             # tr(P_a P_b)/k changes by at most the norm of what either projection changes by
-            "overlap_error": min(angle, 1.0),
+            "overlap_error": min(_rotation(a, top_k) + _rotation(b, top_k), 1.0),
             "overlap_chance": top_k / a.eigenvector.shape[1],
             "cosine": cosine,
             "rank": np.arange(1, top_k + 1),
@@ -117,10 +126,8 @@ def hessian_overlap(
             "gap_a": _gap(a, top_k),
             "gap_b": _gap(b, top_k),
         },
-        converged=not missed,
-        reason=f"eigenvalues of the {' and the '.join(missed)} checkpoint missed the tolerance"
-        if missed
-        else "",
+        converged=not reasons,
+        reason="; ".join(reasons),
         spent=spent,
         notes=subset_note(batches),
     )
@@ -131,31 +138,65 @@ def _eigenspace(
 ) -> Eigenpairs:
     """The pairs of a checkpoint, and one more for the gap; remembered for the next pair."""
     top_k, tol, curvature, memory, seed = options
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    key = (digest.digest(), id(batches), loss, options)
+    key = (_digest(model, batches), loss, options)
     if key not in _spaces:
         with frozen_eval(model):
+            check_repeatable(model, batches)
             problem = Problem(model, loss, curvature, memory=memory * GIGABYTE)
             operator = problem.operator(list(batches))
             k = min(top_k + 1, operator.n_parameters) if top_k <= operator.n_parameters else top_k
-            found = problem.eigenpairs(operator, k, tol=tol, seed=seed)
+            found = problem.eigenpairs(operator, k, tol=tol, seed=seed, reserved=REMEMBERED * k)
         spent["hvps"] += found.n_matvec
-        _spaces[key] = found
+        _spaces[key] = replace(found, space=None)  # the pairs alone: the space holds the graphs as well
         while len(_spaces) > REMEMBERED:
             _spaces.popitem(last=False)
     _spaces.move_to_end(key)
     return _spaces[key]
 
 
+def _digest(model: torch.nn.Module, batches: Any) -> bytes:
+    """Of all that decides the eigenspace: the network's make and tensors, and the data."""
+    digest = hashlib.blake2b(f"{type(model)} {model!r}".encode(), digest_size=16)
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        add(tensor)
+    for inputs, targets in batches:
+        map_tensors(add, (inputs, targets))
+    return digest.digest()
+
+
+def _trouble(found: Eigenpairs, k: int) -> str:
+    """Why the space is not what it should be; empty if it is."""
+    if not np.isfinite(found.eigenvalue).all():
+        return "a product is NaN or infinite"
+    if not found.converged[:k].all():
+        return "eigenvalues missed the tolerance"
+    if len(found.eigenvalue) > k and _separation(found, k) <= 0:
+        return "the last eigenvalue is not separated from the next"
+    return ""
+
+
+def _separation(found: Eigenpairs, k: int) -> float:
+    """The gap that is certain between the last eigenvalue of the space and the next."""
+    return float(found.eigenvalue[k - 1] - found.eigenvalue[k] - found.error_bound[k - 1 : k + 1].sum())
+
+
 def _rotation(found: Eigenpairs, k: int) -> float:
     """Sine of the angle between the found space and the true one, at most (Davis and Kahan, sin Θ)."""
     if len(found.eigenvalue) == k:
         return 0.0
-    gap = float(found.eigenvalue[k - 1] - found.eigenvalue[k])
-    return float(np.linalg.norm(found.residual[:k])) / gap if gap > 0 else 1.0
+    separation = _separation(found, k)
+    off = float(np.hypot(np.linalg.norm(found.residual[:k]), found.discrepancy))
+    return off / separation if separation > 0 else 1.0
 
 
 def _gap(found: Eigenpairs, k: int) -> float:
-    return float(found.eigenvalue[k] / found.eigenvalue[k - 1]) if len(found.eigenvalue) > k else 0.0
+    if len(found.eigenvalue) == k:
+        return 0.0
+    return float(found.eigenvalue[k] / found.eigenvalue[k - 1]) if found.eigenvalue[k - 1] else math.nan

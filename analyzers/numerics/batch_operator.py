@@ -63,6 +63,7 @@ class BatchOperator(ABC, Generic[Graph]):
         n_parameters: Length of the vectors.
         n_samples: Samples that are averaged over.
         n_matvec: Products made so far.
+        on_product: Called after every product, for progress.
         rounding: Machine epsilon of the model's dtype: the relative noise floor of a product.
 
     Raises:
@@ -91,6 +92,7 @@ class BatchOperator(ABC, Generic[Graph]):
         self.rounding: float = torch.finfo(self.dtype).eps
         self.n_parameters = sum(self._sizes)
         self.n_matvec = 0
+        self.on_product: Callable[[], None] | None = None
         pairs = list(batches)
         self.n_samples = sum(len(targets) for _, targets in pairs)
         if self.n_samples == 0:
@@ -177,7 +179,14 @@ class BatchOperator(ABC, Generic[Graph]):
             with explaining():
                 total += _flat(self._product(graph, pieces, keep=kept))
         self.n_matvec += 1
+        if self.on_product is not None:
+            self.on_product()
         return total
+
+    def release(self) -> None:
+        """Let go of the kept graphs; products after this build theirs afresh."""
+        for chunk in self._chunks:
+            chunk.graph = None
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Product Av, as `matvec`."""

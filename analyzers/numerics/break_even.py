@@ -15,6 +15,8 @@ State = Literal["reached", "from the start", "never", "unknown"]
 
 BAND = 2.0
 """Standard errors on either side that the interval of the break-even step allows for."""
+ROUNDING = 1e-12
+"""Stabilities that exceed 1 by less are 1: η times a curvature that vanishes leaves 1 but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Stability:
 
     Attributes:
         curvature_std: s, standard deviation of the per-sample curvature over the training set.
-        value: (1 − ηλ)² + s²η²(N − S)/(S(N − 1)); SGD is stable where it is at most 1.
+        value: (1 − ηλ)² + s²η²(N − S)/(S(N − 1)); SGD is stable where it is at most 1. NaN where η is 0:
+            nothing moves.
         stderr: Its standard error.
         critical_learning_rate: η_c, at which the value is 1; NaN where λ ≤ 0, when no η is stable.
         critical_learning_rate_stderr: Its standard error.
@@ -67,7 +70,7 @@ def sgd_stability(
         curvature: H_i = eᵀ∇²ℓ_i e of the measured samples, shape (n,).
         eigenvalue: λ, the leading eigenvalue of the Hessian of the mean loss.
         error: Bound on the error of `eigenvalue`.
-        learning_rate: η; NaN leaves the value NaN.
+        learning_rate: η; NaN or 0 leaves the value NaN.
         batch_size: S; NaN leaves value and critical learning rate NaN.
         n_training: N; the measured samples are taken for the training set where it is NaN.
 
@@ -82,6 +85,7 @@ def sgd_stability(
     variance = float(deviation @ deviation) / (n - 1) * (total - 1) / total if n > 1 else math.nan
     factor = noise_factor(batch_size, total)
     measured = max(1 - n / total, 0.0) if total >= n else 1.0
+    learning_rate = learning_rate or math.nan
 
     def spread(by_eigenvalue: float, by_variance: float) -> float:
         influence = by_eigenvalue * deviation + by_variance * deviation**2
@@ -105,9 +109,10 @@ class BreakEven:
     """Where a run reaches the edge of stability for the first time.
 
     Attributes:
-        state: reached; from the start (already at or above 1 where it is first known); never; unknown.
-        step: The first crossing of 1, the logarithm of the stability taken for linear in the step between
-            checkpoints; NaN unless reached.
+        state: reached (above 1 by more than its standard error after having been at 1 or below); from the
+            start (at no checkpoint before that 1 or below); never; unknown.
+        step: The crossing of 1 that leads there, the logarithm of the stability taken for linear in the step
+            between checkpoints; NaN unless reached.
         low: Last checkpoint before which it is certainly below 1; the first one where none is.
         high: First checkpoint at which it is certainly above 1; NaN where none is.
     """
@@ -121,10 +126,11 @@ class BreakEven:
 def break_even_step(
     step: Sequence[float] | Floats, stability: Sequence[float] | Floats, stderr: Sequence[float] | Floats
 ) -> BreakEven:
-    """Finds the first step at which the stability reaches 1, with the interval in which it may lie.
+    """Finds the first step at which the stability exceeds 1, with the interval in which it may lie.
 
-    The interval joins the two sources of uncertainty: the checkpoints between which nothing is known, and two
-    standard errors of the stability at each.
+    It counts where it exceeds 1 by more than its standard error and rounding. The interval joins the two
+    sources of uncertainty: the checkpoints between which nothing is known, and two standard errors of the
+    stability at each.
 
     Args:
         step: Of the checkpoints, in any order.
@@ -138,21 +144,22 @@ def break_even_step(
     steps, values, errors = steps[known], values[known], errors[known]
     if not len(steps):
         return BreakEven("unknown")
-    possible = np.flatnonzero(values + BAND * errors >= 1)
-    certain = np.flatnonzero(values - BAND * errors >= 1)
+    possible = np.flatnonzero(values + BAND * errors > 1 + ROUNDING)
+    certain = np.flatnonzero(values - BAND * errors > 1 + ROUNDING)
     low = float(steps[max(possible[0] - 1, 0)]) if len(possible) else math.nan
     high = float(steps[certain[0]]) if len(certain) else math.nan
-    above = np.flatnonzero(values >= 1)
+    above = np.flatnonzero(values - errors > 1 + ROUNDING)
     if not len(above):
         return BreakEven("never", math.nan, low, high)
-    if above[0] == 0:
+    below = np.flatnonzero(values[: above[0]] <= 1 + ROUNDING)
+    if not len(below):
         return BreakEven("from the start", math.nan, math.nan, high)
-    return BreakEven("reached", _crossing(steps, values, int(above[0])), low, high)
+    return BreakEven("reached", _crossing(steps, values, int(below[-1])), low, high)
 
 
-def _crossing(step: Floats, value: Floats, above: int) -> float:
-    """Where the line through the two logarithms around the crossing is zero."""
+def _crossing(step: Floats, value: Floats, below: int) -> float:
+    """Where the line through the logarithms at that checkpoint, the last at or below 1, and the next is zero."""
     tiny = np.finfo(float).tiny
-    before, after = (math.log(max(float(v), tiny)) for v in value[above - 1 : above + 1])
-    share = -before / (after - before)
-    return float(step[above - 1] + share * (step[above] - step[above - 1]))
+    before, after = (math.log(max(float(v), tiny)) for v in value[below : below + 2])
+    share = max(-before, 0.0) / (after - before)
+    return float(step[below] + share * (step[below + 1] - step[below]))

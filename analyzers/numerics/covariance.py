@@ -89,6 +89,7 @@ class GradientCovariance:
         batch_gram: Inner products of the mini-batch gradients, shape (L, L).
         loss: ℓ_i, shape (n,).
         partition: The groups and mini-batches.
+        rounding: Machine epsilon of the gradients' dtype.
         n_products: Products with K spent.
     """
 
@@ -103,16 +104,28 @@ class GradientCovariance:
     batch_gram: Floats
     loss: Floats
     partition: Partition
+    rounding: float = float(np.finfo(float).eps)
     n_products: int = 0
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether all gradients are equal but for rounding, so that K is zero."""
+        return not self._resolved(self.eigenvalue[0])
+
+    def _resolved(self, eigenvalue: Any) -> Any:
+        """Which eigenvalues stand out of rounding: that of n products of gradients, as measured on nets."""
+        return eigenvalue > len(self.loss) * self.rounding * self.squared_norm.mean()
 
     def estimates(self) -> dict[str, Any]:
         """Eigenvalues, trace, their ratio, ‖ḡ‖ and the noise scale, each with a jackknife standard error.
 
         The standard errors are those over samples drawn from a population, by leaving out a group at a time:
-        se² = (g − 1)/g Σ_j (θ_(j) − mean θ)². They do not vanish when all of a training set is measured.
+        se² = (g − 1)/g Σ_j (θ_(j) − mean θ)². They do not vanish when all of a training set is measured. Those
+        of K are NaN where a single sample is left: its K is zero, whatever the samples are.
 
         Returns:
-            `name` and `name_stderr` for eigenvalue (k,), trace, trace_ratio, gradient_norm, noise_scale.
+            `name` and `name_stderr` for eigenvalue (k,), trace, trace_ratio, gradient_norm, noise_scale. The
+            noise scale is NaN where its standard error is: there the mean gradient is within its noise.
 
         References:
             Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 11.
@@ -128,6 +141,8 @@ class GradientCovariance:
             deleted = np.array([row[name] for row in without])
             spread = deleted - deleted.mean(0)
             everything[f"{name}_stderr"] = np.sqrt((n_groups - 1) / n_groups * (spread**2).sum(0))
+        if math.isnan(everything["noise_scale_stderr"]):
+            everything["noise_scale"] = math.nan
         return everything
 
     def _moments(self, without: int | None) -> dict[str, Any]:
@@ -137,36 +152,52 @@ class GradientCovariance:
         n = int(keep.sum())
         share = np.bincount(group[keep], minlength=len(self.group_gram)) / n
         mean_squared = float(share @ self.group_gram @ share)
-        trace = float(self.squared_norm[keep].mean()) - mean_squared
+        norm = math.sqrt(max(mean_squared, 0.0))
+        if n < 2:
+            names = ("trace", "trace_ratio", "noise_scale")
+            missing = np.full(len(self.eigenvalue), math.nan)
+            return {"eigenvalue": missing, **dict.fromkeys(names, math.nan), "gradient_norm": norm}
+        trace = max(float(self.squared_norm[keep].mean()) - mean_squared, 0.0)
         score = self.score[keep] - self.score[keep].mean(0)
         eigenvalue = np.linalg.eigvalsh(score.T @ score / n)[::-1][: len(self.eigenvalue)]
-        noise = trace * n / (n - 1) if n > 1 else math.nan
+        noise = trace * n / (n - 1)
         signal = mean_squared - noise / n
+        known = signal > 0 and self._resolved(eigenvalue[0])
         return {
             "eigenvalue": eigenvalue,
             "trace": trace,
             "trace_ratio": self._ratio(trace, float(eigenvalue[0])),
-            "gradient_norm": math.sqrt(max(mean_squared, 0.0)),
-            "noise_scale": noise / signal if signal > 0 else math.nan,
+            "gradient_norm": norm,
+            "noise_scale": noise / signal if known else math.nan,
         }
 
     def _ratio(self, trace: float, eigenvalue: float) -> float:
-        """NaN where K vanishes but for rounding: all gradients are equal."""
-        floor = len(self.loss) * float(np.finfo(float).eps) * float(self.squared_norm.mean())
-        return float(trace / eigenvalue) if eigenvalue > floor else math.nan
+        return trace / eigenvalue if self._resolved(eigenvalue) else math.nan
 
     def alignment(self, slope: Floats) -> float:
         """|e·e_K| for a unit vector e of which only the slopes g_i·e are known, shape (n,).
 
         e_K = Σ (g_i − ḡ) score_i1/(nλ) lies in the span of the gradients, so no vector of length P is needed.
+        NaN where K vanishes.
         """
+        if self.vanishes:
+            return math.nan
         projection = float(self.score[:, 0] @ (slope - slope.mean()))
         return abs(projection / (len(slope) * float(self.eigenvalue[0])))
 
     def minibatch_share(self, rank: int) -> Floats:
-        """‖projection of a mini-batch gradient on the leading `rank` eigenvectors‖/‖it‖, shape (L,)."""
-        mean = self.score[self.partition.minibatch, :rank].mean(1) + self.mean_score[:rank]
-        shares: Floats = np.sqrt((mean**2).sum(1) / np.diag(self.batch_gram))
+        """‖projection of a mini-batch gradient on the leading `rank` eigenvectors‖/‖it‖, shape (L,).
+
+        Eigenvectors of eigenvalues that are zero but for rounding are any and are left out. NaN where K
+        vanishes, and for a mini-batch whose gradient is zero.
+        """
+        squared = np.diag(self.batch_gram)
+        if self.vanishes:
+            return np.full(len(squared), math.nan)
+        known = np.flatnonzero(self._resolved((self.score[:, :rank] ** 2).mean(0)))
+        mean = self.score[self.partition.minibatch][..., known].mean(1) + self.mean_score[known]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares: Floats = np.sqrt((mean**2).sum(1) / squared)
         return shares
 
 
@@ -194,6 +225,7 @@ def from_gram(
     k: int,
     at_least: int = 5,
     n_parameters: int | None = None,
+    rounding: float = float(np.finfo(float).eps),
 ) -> GradientCovariance:
     """K from the inner products of all gradients.
 
@@ -204,6 +236,7 @@ def from_gram(
         k: How many eigenvalues; at most n − 1.
         at_least: How many eigenvectors to project on, where there are as many.
         n_parameters: P, which bounds the rank of K like n − 1 does.
+        rounding: Machine epsilon of the gradients' dtype.
     """
     n = len(gram)
     wanted = min(n - 1, n_parameters or n, max(2 * k, at_least, SUBSPACE))
@@ -226,6 +259,7 @@ def from_gram(
         inner[n_groups:, n_groups:],
         loss,
         groups,
+        rounding,
     )
 
 

@@ -7,7 +7,7 @@ wanted Ritz vectors when memory is short; the relation below holds throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ Matvec = Callable[[Tensor], Tensor]
 
 COLUMNS = 2**20
 """Columns of the basis that are converted or multiplied at once: temporary memory stays small."""
+BLOCK = 32
+"""Vectors that are allocated at once: an array that grows would for a moment be there twice."""
 
 
 @dataclass
@@ -46,6 +48,7 @@ class KrylovSpace:
             last vectors, which hold nearly all of it, are float64 products.
         device: Of the basis.
         seed: Of the random start vectors (drawn on the CPU, the same on every device).
+        most: Vectors that there will be at most.
 
     Attributes:
         size: Vectors in the basis.
@@ -60,11 +63,19 @@ class KrylovSpace:
     """
 
     def __init__(
-        self, matvec: Matvec, n: int, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+        self,
+        matvec: Matvec,
+        n: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int = 0,
+        most: int | None = None,
     ) -> None:
-        self._matvec, self.n = matvec, n
+        self._matvec, self.n, self._most = matvec, n, min(n, most or n)
         self._generator = torch.Generator().manual_seed(seed)
-        self._rows = torch.empty((min(n, 32), n), dtype=dtype, device=device)
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self._blocks: list[Tensor] = []
         self._tails: list[_Tail] = []
         self.projected: Floats = np.zeros((0, 0))
         self.size = 0
@@ -73,9 +84,38 @@ class KrylovSpace:
         self.asymmetry = 0.0
 
     @property
-    def basis(self) -> Tensor:
-        """Q, shape (size, n)."""
-        return self._rows[: self.size]
+    def dtype(self) -> torch.dtype:
+        """Of the basis."""
+        return self._like.dtype
+
+    @property
+    def n_allocated(self) -> int:
+        """Vectors there is memory for."""
+        return sum(len(block) for block in self._blocks)
+
+    def rows(self) -> Iterator[Tensor]:
+        """The basis in blocks of rows."""
+        left = self.size
+        for block in self._blocks:
+            if left > 0:
+                yield block[:left]
+            left -= len(block)
+
+    def coefficients(self, vector: Tensor) -> Tensor:
+        """Qv, shape (size,)."""
+        vector = vector.to(self._like)
+        parts = [block @ vector for block in self.rows()]
+        return torch.cat(parts) if parts else self._like
+
+    def combination(self, coefficient: Tensor | Floats) -> Tensor:
+        """Qᵀc for c of shape (size,), or (k, size) for k of them; shape (n,) or (k, n)."""
+        c = torch.as_tensor(coefficient).to(self._like)
+        found = torch.zeros((*c.shape[:-1], self.n), dtype=self.dtype, device=self._like.device)
+        start = 0
+        for block in self.rows():
+            found += c[..., start : start + len(block)] @ block
+            start += len(block)
+        return found
 
     @property
     def complete(self) -> bool:
@@ -92,10 +132,10 @@ class KrylovSpace:
 
         A start that misses an eigenvector exactly would never find it: a warm one gets a random tenth added.
         """
-        vector = torch.randn(self.n, generator=self._generator, dtype=torch.float64).to(self._rows)
+        vector = torch.randn(self.n, generator=self._generator, dtype=torch.float64).to(self._like)
         vector /= vector.norm()
         if start is not None and bool(torch.isfinite(start).all()) and float(start.norm()) > 0:
-            warm = start.to(self._rows)
+            warm = start.to(self._like)
             vector = warm / warm.norm() + 0.1 * vector
         vector = self._outside(self._outside(vector)[0])[0]
         self._tails.append(_Tail(vector / vector.norm(), np.zeros(self.size)))
@@ -103,11 +143,7 @@ class KrylovSpace:
     def grow(self) -> None:
         """Adds one basis vector, from the chain that has waited longest, and its product."""
         vector, expected = self._next_vector()
-        if self.size == len(self._rows):
-            more = self._rows.new_empty((min(max(self.size // 2, 16), self.n - self.size), self.n))
-            self._rows = torch.cat([self._rows, more])
-        self._rows[self.size] = vector
-        self.size += 1
+        self._append(vector)
         product = self.product(vector)
         if not bool(torch.isfinite(product).all()):
             self.finite = False
@@ -128,10 +164,30 @@ class KrylovSpace:
         self.projected = projected
         if self.complete:
             self._tails.clear()
-        elif float(rest.norm()) > 8 * torch.finfo(self._rows.dtype).eps * scale:
+        elif float(rest.norm()) > 8 * torch.finfo(self.dtype).eps * scale:
             weight = np.zeros(self.size)
             weight[-1] = 1.0
             self._tails.append(_Tail(rest, weight))
+
+    def _append(self, vector: Tensor) -> None:
+        if self.size == self.n_allocated:
+            count = max(1, min(BLOCK, self._most - self.size))
+            self._blocks.append(self._like.new_empty((count, self.n)))
+        self._blocks[self._place(self.size)[0]][self._place(self.size)[1]] = vector
+        self.size += 1
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Block and row in it of a basis vector."""
+        for i, block in enumerate(self._blocks):
+            if row < len(block):
+                return i, row
+            row -= len(block)
+        raise IndexError(row)
+
+    def _last(self, count: int) -> Tensor:
+        """A copy of the last vectors, shape (count, n)."""
+        places = [self._place(row) for row in range(self.size - count, self.size)]
+        return torch.stack([self._blocks[i][row] for i, row in places])
 
     def _next_vector(self) -> tuple[Tensor, Floats]:
         """The vector to add, and what its product's coefficients must be if H is symmetric."""
@@ -152,15 +208,15 @@ class KrylovSpace:
     def _coefficients(self, product: Tensor) -> tuple[Tensor, Floats]:
         """What of a new product lies outside the basis, and its coefficients along the basis."""
         coefficient = np.zeros(self.size)
-        window = slice(max(0, self.size - 2 * len(self._tails) - 3), self.size)
-        last = self._rows[window].double()
+        count = min(self.size, 2 * len(self._tails) + 3)
+        last = self._last(count).double()
         part = last @ product.double()
-        coefficient[window] += part.cpu().numpy()
-        rest = (product.double() - part @ last).to(self._rows)
+        coefficient[-count:] += part.cpu().numpy()
+        rest = (product.double() - part @ last).to(self._like)
         for _ in range(2):  # "twice is enough" (Kahan, in Parlett §6.9), once where the first took little
             before = float(rest.norm())
-            more = self.basis @ rest
-            rest = rest - more @ self.basis
+            more = self.coefficients(rest)
+            rest = rest - self.combination(more)
             coefficient += more.double().cpu().numpy()
             if float(rest.norm()) > 0.7 * before:
                 break
@@ -169,7 +225,7 @@ class KrylovSpace:
     def _outside(self, vector: Tensor) -> tuple[Tensor, float]:
         """A vector less its part in the basis, and the length of what is left."""
         if self.size:
-            vector = vector - (self.basis @ vector) @ self.basis
+            vector = vector - self.combination(self.coefficients(vector))
         return vector, float(vector.norm())
 
     def ritz(self) -> tuple[Floats, Floats, Floats]:
@@ -185,26 +241,26 @@ class KrylovSpace:
 
     def vectors(self, coordinate: Floats) -> Tensor:
         """Unit vectors (rows) of the given coordinates (columns), the largest entry of each positive."""
-        rows = self._combined(coordinate)
+        rows = self.combination(coordinate.T)
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         scale: Tensor = torch.sign(largest) / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows * scale
 
     def image(self, coordinate: Floats) -> Tensor:
         """H Qᵀ s for a coordinate vector s of shape (size,), without a product; shape (n,)."""
-        image = torch.from_numpy(self.projected @ coordinate).to(self._rows) @ self.basis
+        image = self.combination(self.projected @ coordinate)
         for tail in self._tails:
             image = image + float(tail.weight @ coordinate) * tail.vector
         return image
 
     def diagonal_inside(self) -> Tensor:
         """Diagonal of H less that of (I − QᵀQ) H (I − QᵀQ): what the space knows of it, exactly. Float64."""
-        found = torch.zeros(self.n, dtype=torch.float64, device=self._rows.device)
+        found = torch.zeros(self.n, dtype=torch.float64, device=self._like.device)
         matrix = torch.from_numpy(self.projected).to(found)
         weights = [(t.vector, torch.from_numpy(t.weight).to(found)) for t in self._tails if t.weight.any()]
         for start in range(0, self.n, COLUMNS):
             cut = slice(start, start + COLUMNS)
-            rows = self.basis[:, cut].double()
+            rows = self._columns(cut).double()
             # QᵀQH + HQᵀQ − QᵀQHQᵀQ, with HQᵀ = QᵀT + tails
             image = matrix @ rows
             for vector, weight in weights:
@@ -215,10 +271,14 @@ class KrylovSpace:
     def compress(self, coordinate: Floats, value: Floats) -> None:
         """Keeps only the Ritz vectors of the given coordinates (columns): a thick restart."""
         kept = coordinate.shape[1]
-        turn = torch.from_numpy(np.ascontiguousarray(coordinate.T)).to(self._rows)
+        turn = torch.as_tensor(coordinate.T).to(self._like)
         for start in range(0, self.n, COLUMNS):
             cut = slice(start, start + COLUMNS)
-            self._rows[:kept, cut] = turn @ self._rows[: self.size, cut]
+            turned, first = turn @ self._columns(cut), 0
+            for block in self._blocks:
+                part = turned[first : first + len(block)]
+                block[: len(part), cut] = part
+                first += len(block)
         self.size = kept
         self.projected = np.diag(value)
         for tail in self._tails:
@@ -227,18 +287,19 @@ class KrylovSpace:
 
     def orthogonality(self) -> float:
         """Largest entry of |QQᵀ − I|."""
-        gram = torch.zeros((self.size, self.size), dtype=torch.float64, device=self._rows.device)
+        gram = torch.zeros((self.size, self.size), dtype=torch.float64, device=self._like.device)
         for start in range(0, self.n, COLUMNS):
-            rows = self.basis[:, start : start + COLUMNS].double()
+            rows = self._columns(slice(start, start + COLUMNS)).double()
             gram += rows @ rows.T
         return float((gram - torch.eye(self.size).to(gram)).abs().max())
 
     def residual_vector(self, coordinate: Floats) -> Tensor:
         """Σ t (w·s): what of H Qᵀ s lies outside the space, for s of shape (size,); shape (n,), float64."""
-        found = torch.zeros(self.n, dtype=torch.float64, device=self._rows.device)
+        found = torch.zeros(self.n, dtype=torch.float64, device=self._like.device)
         for tail in self._tails:
             found += float(tail.weight @ coordinate) * tail.vector.double()
         return found
 
-    def _combined(self, coordinate: Floats) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(coordinate.T)).to(self._rows) @ self.basis
+    def _columns(self, cut: slice) -> Tensor:
+        """Some columns of the whole basis, a copy."""
+        return torch.cat([block[:, cut] for block in self.rows()])

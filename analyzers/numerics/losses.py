@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ def get_loss(name: str) -> Loss:
     """Return the loss of that name.
 
     Args:
-        name: `cross_entropy` (class indices or class probabilities, extra dimensions averaged), `mse` (same
+        name: `cross_entropy` (class indices or class probabilities, extra dimensions averaged; positions of
+            index -100 are not counted, and a sample that has no other is NaN), `mse` (same
             shape as the outputs, or class indices, which are one-hot encoded), `bce_with_logits`, or
             `causal_lm` (each token predicts the next one; targets are the token ids, -100 is not counted).
 
@@ -127,9 +129,17 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         )
     if outputs.dim() == 2 and outputs.shape[1] < SHORT:
         log_probability = functional.log_softmax(outputs.t().contiguous(), 0).t()
-        return functional.nll_loss(log_probability, targets, reduction="none")
+        return _counted(functional.nll_loss(log_probability, targets, reduction="none"), targets)
     terms = functional.cross_entropy(outputs, targets, reduction="none")
-    return terms if terms.dim() == 1 else _mean_where(terms, targets != IGNORED_TARGET)
+    return _counted(terms, targets)
+
+
+def _counted(terms: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the positions of each sample whose target is not ignored."""
+    if terms.dim() > 1:
+        return _mean_where(terms, targets != IGNORED_TARGET)
+    ignored = targets == IGNORED_TARGET
+    return torch.where(ignored, math.nan, terms) if bool(ignored.any()) else terms
 
 
 def _mean_where(terms: Tensor, counted: Tensor) -> Tensor:
@@ -152,7 +162,7 @@ def _class_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
             f"targets {tuple(targets.shape)} of {targets.dtype}"
         )
     right = (outputs.argmax(1) == targets).to(_value_dtype(outputs))
-    return right if right.dim() == 1 else _mean_where(right, targets != IGNORED_TARGET)
+    return _counted(right, targets)
 
 
 def _value_dtype(outputs: Tensor) -> torch.dtype:

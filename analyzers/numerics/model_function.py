@@ -87,7 +87,8 @@ class ModelFunction:
         if mode not in ("eval", "train"):
             raise ValueError(f"`mode` must be eval or train, got {mode!r}.")
         self._caller = _Caller(model)
-        self._normalising = _normalising_layers(model) if mode == "train" else []
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._normalising = normalising_layers(model) if mode == "train" else []
         self.fixed = {name: at.get(name, value).detach() for name, value in buffers.items()}
         self.leaves: dict[str, Tensor] = {}
         chosen = set(weights if parameters is None else parameters)
@@ -108,7 +109,8 @@ class ModelFunction:
         with (
             self._modes(),
             sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=False),
+            # cuDNN's recurrent layers have no second derivative; its convolutions may, without TF32's rounding
+            torch.backends.cudnn.flags(enabled=not self._recurrent, deterministic=True, allow_tf32=False),
             _PlainWeightNorm(),
         ):
             outputs: Tensor = torch.func.functional_call(self._caller, filled, (inputs,), strict=False)
@@ -143,7 +145,7 @@ def _class_name(module: nn.Module) -> str:
     return str(getattr(module, "original_name", type(module).__name__))
 
 
-def _normalising_layers(model: nn.Module) -> list[nn.Module]:
+def normalising_layers(model: nn.Module) -> list[nn.Module]:
     """Layers with statistics of the batch: BatchNorm (SyncBatchNorm too) and InstanceNorm."""
     with _training_flags_restored(model):
         try:

@@ -78,10 +78,10 @@ class TraceEstimate:
             given: A vector that differs from z within the space only (z itself, or z less some Ritz vectors).
             image: H times `given`.
         """
-        basis = self.space.basis
-        inside = basis @ given.to(basis)
-        outside = image.double() - self.space.image(inside.double().cpu().numpy()).double()
-        outside = outside - ((basis @ outside.to(basis)) @ basis).double()
+        space = self.space
+        inside = space.coefficients(given).double().cpu().numpy()
+        outside = image.double() - space.image(inside).double()
+        outside = outside - space.combination(space.coefficients(outside)).double()
         self._samples.append(self._by_block(signs.double() * outside))
 
     @property

@@ -326,7 +326,7 @@ def test_a_tight_memory_restarts_and_gives_the_same_eigenvalues():
     model, batches = classifier()
     n = sum(p.numel() for p in model.parameters())
     free = hessian(model, batches, CE, top_k=2, tol=1e-8)
-    tight = hessian(model, batches, CE, top_k=2, tol=1e-8, memory=2 * 11 * n * 8 / 1e9)
+    tight = hessian(model, batches, CE, top_k=2, tol=1e-8, memory=2 * 13 * n * 8 / 1e9)
     np.testing.assert_allclose(tight["eigenvalue"], free["eigenvalue"], rtol=1e-7)
 
 
@@ -342,6 +342,9 @@ def test_finished_layers_and_subsets_are_not_solved_twice():
     np.testing.assert_array_equal(first["layer_eigenvalue"], second["layer_eigenvalue"])
     assert first.spent == second.spent
     assert len(calls) < 12
+    with pytest.raises(OptionError, match="fewer than two each"):  # before anything is solved
+        hessian(model, batches, CE, subsets=30)
+    assert len(calls) < 20
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,9 @@ def test_finished_layers_and_subsets_are_not_solved_twice():
         ({"along": 1, "span": -1.0}, "positive"),
         ({"along": 1, "resolution": 4}, "leave none at 0"),
         ({"train_batch": 4}, "for mode train"),
-        ({"memory": 1e-6}, "holds"),
+        ({"memory": 1e-6}, "too little for 5 eigenvectors"),
+        ({"max_hvps": 4}, "cannot give 5 pairs"),
+        ({"mode": "train", "along": 1}, "measures another function"),
         ({"seed": -1}, "out of range"),
     ],
 )
@@ -437,3 +442,110 @@ def test_a_style_that_is_unknown_or_was_not_measured_is_named():
         drawn("density", steps=(5,))
     with pytest.raises(OptionError, match="not a style"):
         drawn("pie", steps=(5,))
+
+
+def test_soft_labels_that_are_no_probabilities_have_no_exact_trace():
+    """Their curvature is scaled by the sum of the labels, which the Fisher information does not know."""
+    model, _ = classifier(nn.ReLU)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    batches = split(inputs, 4 * torch.rand(20, 3, generator=generator, dtype=torch.float64), [12, 8])
+    found = hessian(model, batches, CE, top_k=2, trace=True, trace_tol=0.03, max_probes=2000)
+    exact = float(dense(model, batches, CE).trace())
+    assert abs(found["trace"] - exact) < 3.5 * found["trace_stderr"]
+    assert any("not probabilities" in note for note in found.notes)
+    whole = [(x, t / t.sum(1, keepdim=True)) for x, t in batches]
+    assert hessian(model, whole, CE, top_k=1, trace=True)["trace_stderr"] == 0
+
+
+def test_a_network_that_is_another_function_at_every_call_is_refused():
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(nn.functional.dropout(x, 0.5))
+
+    batches = [(torch.randn(9, 4), torch.randint(0, 3, (9,)))]
+    with pytest.raises(OptionError, match="other outputs for the same inputs"):
+        hessian(Random().eval(), batches, CE, top_k=1)
+
+
+def test_graphs_and_krylov_vectors_are_let_go_before_other_matrices_are_solved(monkeypatch):
+    from dynprobe.analyzers.numerics.batch_operator import BatchOperator
+
+    model, batches = classifier()
+    operators: list[BatchOperator] = []
+    most = []
+    build = BatchOperator.__init__
+
+    def counting(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        operators.append(self)
+        most.append(sum(any(c.graph is not None for c in o._chunks) for o in operators))
+
+    monkeypatch.setattr(BatchOperator, "__init__", counting)
+    hessian(model, batches, CE, top_k=2, layers=True, subsets=3)
+    assert len(operators) == 6
+    assert max(most) == 1
+
+
+def test_rounding_is_named_where_it_is_what_limits_the_tolerance():
+    model, batches = classifier()
+    single = [(x.float(), t) for x, t in batches]
+    found = hessian(model.float(), single, CE, top_k=2, tol=1e-7)
+    assert not found.converged
+    assert "rounding in float32" in found.reason
+    assert "float64" in found.reason
+
+
+def test_the_ends_of_the_krylov_space_are_bounds_from_inside_and_claim_no_error():
+    model, batches = classifier()
+    exact = np.linalg.eigvalsh(dense(model, batches, CE).numpy())
+    found = hessian(model, batches, CE, top_k=1)
+    assert exact[0] - 1e-12 <= found["smallest"] <= found["largest"] <= exact[-1] + 1e-12
+    assert declaration_of(hessian).returns["smallest"].error == ""
+
+
+def test_train_mode_on_a_network_without_batchnorm_is_eval_mode_and_says_so():
+    model, batches = classifier(nn.ReLU)
+    plain = hessian(model, batches, CE, top_k=2, trace=True)
+    found = hessian(model, batches, CE, top_k=2, trace=True, mode="train")
+    np.testing.assert_allclose(found["eigenvalue"], plain["eigenvalue"], rtol=1e-9)
+    assert found["trace_stderr"] == 0
+    assert any("no BatchNorm" in note for note in found.notes)
+
+
+def test_the_note_on_an_exact_trace_names_only_what_is_equal():
+    model, batches = classifier(nn.Tanh)
+    notes = hessian(model, batches, CE, top_k=1, trace=True, curvature="ggn").notes
+    assert any("tr GGN = tr F" in note and "tr H" not in note for note in notes)
+
+
+def test_a_density_of_a_single_parameter_and_of_a_zero_matrix_raise_nothing():
+    one = torch.ones(3, 1, dtype=torch.float64)
+    scalar = nn.Linear(1, 1, bias=False).double().eval()
+    found = hessian(scalar, [(one, 2 * one)], MSE, top_k=1, density=True)
+    assert found["eigenvalue"][0] == pytest.approx(2.0)
+    flat = hessian(scalar, [(one, one)], lambda o, t: 0.0 * (o * t).mean(), top_k=1, density=True)
+    assert flat["eigenvalue"][0] == 0
+    assert any("matrix is zero" in note for note in flat.notes)
+
+
+def test_every_run_is_drawn_whatever_their_number():
+    model, batches = classifier()
+    declaration = declaration_of(hessian)
+    arrays = labelled(declaration, hessian(model, batches, CE, top_k=2, density=True, density_steps=4))
+    pieces = [
+        Piece(f"{run}{step}", {"run": f"run {run}", "step": step, "path": f"{run}/{step}"}, arrays)
+        for run in range(9)
+        for step in (0, 10)
+    ]
+    figure = Figure(layout="constrained")
+    draw_hessian(stack("hessian", "checkpoint", pieces, {"options": {"curvature": "ggn"}}), figure)
+    named = [text for line in figure.axes[0].lines if (text := line.get_label()).startswith("run")]
+    assert len(named) == 9
+    assert "Gauss" in figure.axes[0].get_ylabel()
+    assert len(figure.axes[1].lines) == 18
+    assert sum(t.get_text().startswith("stability") for t in figure.axes[0].get_legend().get_texts()) <= 1

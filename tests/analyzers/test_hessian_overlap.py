@@ -87,3 +87,47 @@ def test_the_whole_space_overlaps_fully_without_a_gap_to_judge_it_by():
     found = hessian_overlap(Turned(0.0).eval(), Turned(1.0).eval(), BATCHES, MSE, top_k=4)
     assert found["overlap"] == pytest.approx(1.0)
     assert found["gap_a"] == 0.0
+
+
+def test_networks_of_equal_weights_that_compute_otherwise_are_not_taken_for_each_other():
+    inputs = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batches = [(inputs, torch.zeros(30, 1, dtype=torch.float64))]
+    nets = [nn.Sequential(nn.Linear(3, 4), kind(), nn.Linear(4, 1)).double() for kind in (nn.Tanh, nn.ReLU)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    found = hessian_overlap(nets[0].eval(), nets[1].eval(), batches, MSE, top_k=2)
+    assert not np.allclose(found["eigenvalue_a"], found["eigenvalue_b"], rtol=1e-3)
+
+
+def test_other_data_in_the_same_list_are_not_taken_for_the_old():
+    net = Turned(0.0).eval()
+    data = [(torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64))]
+    first = hessian_overlap(net, net, data, MSE, top_k=2)
+    data[0] = (3 * data[0][0], data[0][1])
+    second = hessian_overlap(net, net, data, MSE, top_k=2)
+    np.testing.assert_allclose(second["eigenvalue_a"], 9 * first["eigenvalue_a"], rtol=1e-6)
+
+
+def test_what_is_remembered_is_the_pairs_alone():
+    hessian_overlap(Turned(0.0).eval(), Turned(0.1).eval(), BATCHES, MSE, top_k=2)
+    assert len(module._spaces) == 2
+    assert all(found.space is None for found in module._spaces.values())
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"), [((0.0, 0.0, 0.0, 0.0), "not separated"), ((3.0, 2.0, 2.0, 0.5), "not separated")]
+)
+def test_a_space_that_is_not_separated_from_the_rest_is_said_not_to_be_one(scale, reason):
+    net = Turned(0.0, scale).eval()
+    found = hessian_overlap(net, net, BATCHES, MSE, top_k=2)
+    assert not found.converged
+    assert reason in found.reason
+    assert found["overlap_error"] == 1.0
+
+
+def test_products_that_are_not_finite_give_nan_with_the_checkpoint_named():
+    bad = Turned(0.0).eval()
+    bad.matrix[0, 0] = math.inf
+    found = hessian_overlap(Turned(0.0).eval(), bad, BATCHES, MSE, top_k=2)
+    assert math.isnan(found["overlap"])
+    assert "second checkpoint" in found.reason
+    assert not found.converged
