@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 
 SHARED_RANK = 5
 """Leading eigenvectors of K that mini-batch gradients are projected on (Jastrzebski et al. 2020: ‖g₅‖)."""
+VECTOR = 0.1
+"""How much further than the eigenvalues need the Hessian's eigenvectors are taken."""
 CLOSE = 0.01
 """Relative gap of the two leading Hessian eigenvalues below which the leading eigenvector says little."""
 
@@ -166,10 +168,12 @@ def of_curvature(pairs: Eigenpairs, tol: float, along: Directional, facts: Train
     """Stability and what else follows from each sample's slope and curvature along e_H."""
     slope, curvature = along.slope.numpy(), along.curvature.numpy()
     eigenvalue = float(pairs.eigenvalue[0])
+    error = max(float(pairs.error_bound[0]), tol * abs(eigenvalue))  # the tolerance where it is met
     stable = sgd_stability(
         curvature,
         eigenvalue=eigenvalue,
-        error=max(float(pairs.error_bound[0]), tol * abs(eigenvalue)),  # the tolerance where it is met
+        error=error,
+        variance_error=math.sqrt(VECTOR * error / abs(eigenvalue)) if eigenvalue else 0.0,
         learning_rate=facts.learning_rate,
         batch_size=facts.batch_size,
         n_training=facts.n_training,

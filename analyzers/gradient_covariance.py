@@ -15,6 +15,7 @@ from torch import nn
 from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._curvature import GIGABYTE, Problem
 from dynprobe.analyzers._gradient_covariance import (
+    VECTOR,
     loss_change,
     of_batchnorm,
     of_covariance,
@@ -33,16 +34,13 @@ from dynprobe.analyzers.numerics.covariance_routes import TooLittleMemory
 from dynprobe.analyzers.numerics.covariance_routes import gradient_covariance as measure_covariance
 from dynprobe.analyzers.numerics.directional import Directional, per_sample_curvature
 from dynprobe.analyzers.numerics.lanczos import Eigenpairs
-from dynprobe.analyzers.numerics.losses import Loss, as_loss
+from dynprobe.analyzers.numerics.losses import as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
 
 Floats = NDArray[np.float64]
 
 MINIBATCHES = 25
 TRACE_TOL, MOST_PROBES = 0.05, 200
-VECTOR = 0.1
-"""How much further than the eigenvalues need the Hessian's eigenvectors are taken."""
-
 SQUARED = "squared loss per squared parameter"
 CURVATURE = "loss per squared parameter"
 

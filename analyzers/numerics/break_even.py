@@ -51,6 +51,7 @@ def sgd_stability(
     *,
     eigenvalue: float,
     error: float = 0.0,
+    variance_error: float = 0.0,
     learning_rate: float = math.nan,
     batch_size: float = math.nan,
     n_training: float = math.nan,
@@ -63,13 +64,14 @@ def sgd_stability(
     without bias.
 
     The standard errors are those of λ and s² as estimates for the *training set*: they carry the finite
-    population correction √(1 − n/N), so that measured on the whole of it only the error of the eigenvalue
-    remains. First order, the direction held fixed.
+    population correction √(1 − n/N), so that measured on the whole of it only the errors of the eigenpair
+    remain. First order, the direction held fixed.
 
     Args:
         curvature: H_i = eᵀ∇²ℓ_i e of the measured samples, shape (n,).
         eigenvalue: λ, the leading eigenvalue of the Hessian of the mean loss.
         error: Bound on the error of `eigenvalue`.
+        variance_error: Bound on the relative error of s², which is first order in that of the eigenvector.
         learning_rate: η; NaN or 0 leaves the value NaN.
         batch_size: S; NaN leaves value and critical learning rate NaN.
         n_training: N; the measured samples are taken for the training set where it is NaN.
@@ -90,7 +92,8 @@ def sgd_stability(
     def spread(by_eigenvalue: float, by_variance: float) -> float:
         influence = by_eigenvalue * deviation + by_variance * deviation**2
         sampling = float(np.var(influence, ddof=1)) / n * measured if n > 1 else math.nan
-        return math.sqrt(sampling + (by_eigenvalue * error) ** 2)
+        solver = (by_eigenvalue * error) ** 2 + (by_variance * variance * variance_error) ** 2
+        return math.sqrt(sampling + solver)
 
     value = (1 - learning_rate * eigenvalue) ** 2 + variance * learning_rate**2 * factor
     slope = -2 * learning_rate * (1 - learning_rate * eigenvalue)
@@ -158,7 +161,7 @@ def break_even_step(
 
 
 def _crossing(step: Floats, value: Floats, below: int) -> float:
-    """Where the line through the logarithms at that checkpoint, the last at or below 1, and the next is zero."""
+    """Where the line through the logarithms there, last at or below 1, and at the next checkpoint is zero."""
     tiny = np.finfo(float).tiny
     before, after = (math.log(max(float(v), tiny)) for v in value[below : below + 2])
     share = max(-before, 0.0) / (after - before)

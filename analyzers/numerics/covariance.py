@@ -120,8 +120,8 @@ class GradientCovariance:
         """Eigenvalues, trace, their ratio, ‖ḡ‖ and the noise scale, each with a jackknife standard error.
 
         The standard errors are those over samples drawn from a population, by leaving out a group at a time:
-        se² = (g − 1)/g Σ_j (θ_(j) − mean θ)². They do not vanish when all of a training set is measured. Those
-        of K are NaN where a single sample is left: its K is zero, whatever the samples are.
+        se² = (g − 1)/g Σ_j (θ_(j) − mean θ)². They do not vanish when all of a training set is measured.
+        Those of K are NaN where that leaves a single sample: its K is zero, whatever the samples are.
 
         Returns:
             `name` and `name_stderr` for eigenvalue (k,), trace, trace_ratio, gradient_norm, noise_scale. The

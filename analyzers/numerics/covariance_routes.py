@@ -163,7 +163,7 @@ def _eigenpairs(
     n = sum(weight.numel() for weight in weights)
     double = weights[0].dtype == torch.float64
     vector = n * (DOUBLE if double else DOUBLE // 2)
-    room, vectors = int(memory / 2 / vector), min(n, k + SPARE)
+    room, vectors = int(memory / 2 / vector), min(n, k + SPARE) + k  # the eigenvectors come on top
     if room < vectors:
         raise TooLittleMemory(room, vectors, 2.0 * vectors * vector)
     operator = GradientCovarianceOperator(model, batches, loss, memory=memory / 2)
@@ -176,7 +176,7 @@ def _eigenpairs(
         dtype=torch.float64 if double else torch.float32,
         device=operator.device,
         rounding=operator.rounding,
-        max_basis=min(room, n),
+        max_basis=min(room - k, n),
     )
     return replace(pairs, space=None)
 

@@ -109,7 +109,7 @@ class ModelFunction:
         with (
             self._modes(),
             sdpa_kernel(SDPBackend.MATH),
-            # cuDNN's recurrent layers have no second derivative; its convolutions may, without TF32's rounding
+            # cuDNN's recurrent layers have no second derivative; convolutions do, but not in TF32's rounding
             torch.backends.cudnn.flags(enabled=not self._recurrent, deterministic=True, allow_tf32=False),
             _PlainWeightNorm(),
         ):
