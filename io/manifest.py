@@ -54,6 +54,7 @@ _TABLES = (*_SPEC_KEYS, "training", "groups", "checkpoints")
 _TRAINING_FACTS: dict[str, type | tuple[type, ...]] = {
     "learning_rate": (int, float),
     "batch_size": int,
+    "schedule": str,
     "optimizer": str,
     "momentum": (int, float),
     "weight_decay": (int, float),
