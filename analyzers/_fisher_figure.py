@@ -54,8 +54,9 @@ def draw_fisher(result: Result, figure: Any, style: str = "") -> None:
         figure.set_size_inches(3.6, max(2.5, 1.6 * len(stacked)))
         panels = [figure.add_subplot(len(stacked), 1, i + 1) for i in range(len(stacked))]
     layers = _leading_layers(stacked, "gradient_std" if style == "gradients" else "layer_share")
+    alike = all(np.array_equal(run.step, stacked[0].step) for run in stacked)
     for i, (panel, run) in enumerate(zip(panels, stacked, strict=True)):
-        paint(panel, run, layers, last=i == len(panels) - 1)
+        paint(panel, run, layers, labelled=not alike or i == len(panels) - 1)
         if len(runs) > 1:
             panel.set_title(run.name, loc="left", color=run.colour)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -141,7 +142,7 @@ def _colours(count: int) -> list[Any]:
     return [colormaps["viridis"](x) for x in np.linspace(0.05, 0.95, count)]
 
 
-def _draw_shares(panel: Any, run: _Run, layers: list[str], *, last: bool) -> None:
+def _draw_shares(panel: Any, run: _Run, layers: list[str], *, labelled: bool) -> None:
     share = np.nan_to_num(run["layer_share"])
     known = np.isfinite(run["layer_share"]).any(1)
     rows = [share[:, run.layers.index(layer)] for layer in layers]
@@ -165,10 +166,10 @@ def _draw_shares(panel: Any, run: _Run, layers: list[str], *, last: bool) -> Non
         panel.set_xlim(-1, 1)
     panel.set_ylim(0, 1)
     panel.set_ylabel("share of the trace")
-    _label_steps(panel, run, last=last)
+    _label_steps(panel, run, labelled=labelled)
 
 
-def _draw_gradients(panel: Any, run: _Run, layers: list[str], *, last: bool) -> None:
+def _draw_gradients(panel: Any, run: _Run, layers: list[str], *, labelled: bool) -> None:
     """The spread of the gradients (line) and the norm of their mean (dots)."""
     spread, mean = run["gradient_std"], run["gradient_mean_norm"]
     for layer, colour in zip(layers, _colours(len(layers)), strict=True):
@@ -181,7 +182,7 @@ def _draw_gradients(panel: Any, run: _Run, layers: list[str], *, last: bool) -> 
     panel.set_ylabel("gradient: std, mean (dotted)")
     _space_steps(panel, [run])
     _open(panel)
-    _label_steps(panel, run, last=last)
+    _label_steps(panel, run, labelled=labelled)
 
 
 def _short(layer: str) -> str:
@@ -190,8 +191,9 @@ def _short(layer: str) -> str:
     return text.replace("$", r"\$").lstrip("_") or layer
 
 
-def _label_steps(panel: Any, run: _Run, *, last: bool) -> None:
-    if last:
+def _label_steps(panel: Any, run: _Run, *, labelled: bool) -> None:
+    """Labels for the steps, unless a panel below has the same ones."""
+    if labelled:
         panel.set_xlabel(run.step_name)
     else:
         panel.tick_params(labelbottom=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,15 +23,17 @@ from dynprobe.analyzers.numerics.fisher_trace import (
     sampled_fisher_trace,
 )
 from dynprobe.analyzers.numerics.kl_check import kl_check
-from dynprobe.analyzers.numerics.losses import Loss
+from dynprobe.analyzers.numerics.losses import IGNORED_TARGET, Loss
 from dynprobe.analyzers.numerics.model_function import NoSecondDerivative
 from dynprobe.analyzers.numerics.output_factor import output_factor
 from dynprobe.analyzers.numerics.params import layers_of
-from dynprobe.analyzers.numerics.per_sample import PerSamplePass, Routes
+from dynprobe.analyzers.numerics.per_sample import PerSamplePass, settle
 
 SQUARED = "loss per squared parameter"
 SLOW_BYTES = 2**30
 """What the gradients of a batch's samples may take where no layer rule makes them small."""
+NOT_ONE = 1e-3
+"""How far from one the soft labels of a sample may sum up."""
 NAMED = 4
 """Parameters that a note names before it says how many more there are."""
 
@@ -45,6 +48,9 @@ class Task:
         progress: Called with (done, total, what), or None.
         seed: Of everything random.
 
+    Raises:
+        OptionError: If the model has no parameters.
+
     Attributes:
         values: By the names of the report.
         notes: For the reader.
@@ -55,15 +61,20 @@ class Task:
     def __init__(
         self, model: nn.Module, batches: Sequence[tuple[Any, Tensor]], loss: Loss, progress: Any, seed: int
     ) -> None:
+        if not list(model.parameters()):
+            raise OptionError(
+                "the model has no parameters, and the Fisher information is about these.",
+                "Are its weights buffers? Name another model with --model.",
+            )
         self._model, self._batches, self._loss, self._seed = model, batches, loss, seed
         self._progress, self._meter = progress, Meter(progress, 0)
-        self._routes = Routes()
         self._layers = layers_of(name for name, _ in model.named_parameters())
+        self._routes = settle(model, batches)
         self._exact, self._columns = True, 0
         self.values: dict[str, Any] = {"layer": np.array(list(self._layers), dtype=object)}
         self.notes: list[str] = []
         self.reasons: list[str] = []
-        self.spent = {"forwards": 0, "backwards": 0}
+        self.spent = {"forwards": 1, "backwards": 2}
 
     def choose(self, method: str, max_columns: int, noise_steps: int) -> None:
         """Exact or sampled, from the outputs of the first batch and the layers they come from.
@@ -74,7 +85,7 @@ class Task:
         inputs, targets = self._batches[0]
         passed = PerSamplePass(self._model, inputs, routes=self._routes)
         try:
-            factor = output_factor(self._loss, passed.outputs, targets)
+            factor = output_factor(self._loss, passed.outputs[:1], targets[:1])
         except ValueError as error:
             raise OptionError(str(error), "Choose one of these with --loss.") from error
         self._columns = factor.n_columns
@@ -93,11 +104,29 @@ class Task:
                 "a sample has several positions: the Fisher information is their mean, the empirical trace "
                 "is that of the sample's mean gradient"
             )
+        self._note_labels()
         passes = (self._columns if self._exact else 8) + 1
         self._meter = Meter(self._progress, passes * len(self._batches) + noise_steps)
 
     def _slow_route(self) -> str:
         return "vectorised over samples" if self._routes.vectorised else "one sample after the other"
+
+    def _note_labels(self) -> None:
+        """What is out of the ordinary with the data's labels."""
+        targets = [t[:, 1:] if self._loss.name == "causal_lm" else t for _, t in self._batches]
+        if not self._loss.name.startswith(("cross_entropy", "causal_lm")):
+            return
+        if not targets[0].is_floating_point():
+            without = sum(int((t == IGNORED_TARGET).reshape(len(t), -1).all(1).sum()) for t in targets)
+            if without:
+                self.notes.append(
+                    f"no traces: {without} of the samples have no target that counts, only {IGNORED_TARGET}"
+                )
+        elif any(float((t.double().sum(1) - 1).abs().max()) > NOT_ONE for t in targets):
+            self.notes.append(
+                "the soft labels of a sample do not sum to one: the trace of F is not that of the Hessian or "
+                "the Gauss-Newton matrix of this loss"
+            )
 
     def _tell(self, what: str) -> None:
         self._meter.add(1, what)
@@ -121,16 +150,26 @@ class Task:
                 progress=self._tell,
             )
             method = f"sampled, {found.draws} draws"
-        total = found.estimate()
+        total, groups = found.estimate(), len(found.sizes)
         if not found.converged:
             part = found.draw_stderr / total.value if total.value > 0 else math.nan
             self.reasons.append(
                 f"after {found.draws} draws their standard error is {part:.2g} of the trace, above {tol:g}"
+                if not part <= tol
+                else f"{found.draws} draws over {groups} groups of samples are too few to tell their error"
+            )
+        if groups == 1:
+            self.notes.append(
+                "one sample: no standard error over samples"
+                if total.n_samples == 1
+                else f"{GROUP} samples or fewer: no standard error over samples; see trace_draw_stderr"
             )
         by_layer = [found.estimate(names) for names in self._layers.values()]
         traces = np.array([layer.value for layer in by_layer])
-        if not total.value > 0:
+        if total.value == 0:
             self.notes.append("the trace is zero to all digits, so no layer has a share of it")
+        elif not math.isfinite(total.value):
+            self.notes.append("the trace is not finite: gradients or outputs of some samples are not")
         self.values |= {
             "trace": total.value,
             "trace_stderr": total.stderr,
@@ -153,10 +192,16 @@ class Task:
             self._model,
             self._batches,
             self._loss,
+            exact=self._exact,
             seed=self._seed,
             routes=self._routes,
             progress=self._tell,
         )
+        if found.squares.draws:
+            self.notes.append(
+                f"the empirical trace is sampled too: {found.squares.draws} draws, which cause a standard "
+                f"error of {found.squares.draw_stderr:.2g}"
+            )
         total, layers = found.squares.estimate(), self._layers.values()
         self.values |= {
             "empirical_trace": total.value,
@@ -175,6 +220,8 @@ class Task:
             self.notes.append(f"no KL check: {error}")
             self.values |= dict.fromkeys(("kl", "kl_stderr", "kl_quadratic", "kl_ratio"), math.nan)
             return
+        if any(torch.finfo(p.dtype).bits < 32 for p in self._model.parameters()):
+            self.notes.append("in half precision kl and kl_ratio are mostly rounding: use --dtype float32")
         self.values |= {
             "kl": found.divergence.value,
             "kl_stderr": found.divergence.stderr,
@@ -195,7 +242,7 @@ class Task:
             routes=self._routes,
         )
         epsilon = found.damping(damping)
-        known = [_of_module(found.layers, names) for names in self._layers.values()]
+        known = [_of_module(found.layers, layer, names) for layer, names in self._layers.items()]
         if found.left_out:
             self.notes.append(
                 f"Kronecker factors cover {found.covered:.1%} of the parameters; "
@@ -254,22 +301,22 @@ class Task:
             "layer_noise_trace": np.array([by_layer(found.trace, n, errors=False) for n in layers]),
             "layer_noise_trace_stderr": np.array([by_layer(found.stderr, n, errors=True) for n in layers]),
         }
-        without = [name for names in layers for name in names if name not in found.trace]
-        if without:
-            self.notes.append(f"noise injection leaves out parameters without filters: {_listed(without)}")
+        without = [(n, bool(p.any())) for n, p in self._model.named_parameters() if n not in found.trace]
+        for what, some in (("parameters without filters", True), ("tensors that are zero", False)):
+            if left_out := [name for name, any_entry in without if any_entry == some]:
+                self.notes.append(f"noise injection leaves out {what}: {_listed(left_out)}")
         self.spent["forwards"] += 2 * steps
         self.spent["backwards"] += 2 * steps
 
 
 def _of_module(
-    layers: Mapping[str, kronecker.LayerFactors], names: Sequence[str]
+    layers: Mapping[str, kronecker.LayerFactors], layer: str, names: Sequence[str]
 ) -> kronecker.LayerFactors | None:
     """The Kronecker factors of a layer's module.
 
     In a model that is a single module each parameter is a layer: the weight stands for the module.
     """
-    module = names[0].rpartition(".")[0]
-    return layers.get(module) if module or names[0] == "weight" else None
+    return layers.get("" if names == ["weight"] else layer)
 
 
 def _sum_of_known(values: NDArray[np.float64]) -> float:

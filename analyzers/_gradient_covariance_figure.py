@@ -27,8 +27,8 @@ def draw_gradient_covariance(result: Result, figure: Any) -> None:
     runs = list(dict.fromkeys(result["run"].astype(str).tolist()))
     figure.set_size_inches(6.75, 3.9)
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2, sharex=True)
-    for colour, run in zip(COLOURS, runs, strict=False):
-        mine = _Run(result, run, colour)
+    drawn = [_Run(result, run, colour) for colour, run in zip(COLOURS, runs, strict=False)]
+    for mine in drawn:
         mine.draw(top_left, "eigenvalue", rank=0)
         mine.draw(top_right, "hessian_eigenvalue")
         mine.draw_threshold(top_right)
@@ -47,7 +47,9 @@ def draw_gradient_covariance(result: Result, figure: Any) -> None:
     bottom_left.set_ylim(bottom=0)
     _finish_stability(result, bottom_right)
     if np.isfinite(result["learning_rate"].astype(float)).any():
-        line = top_right.plot([], [], color=GREY, linewidth=0.7, linestyle=":", label=r"2/$\eta$")
+        many = any(len(mine.step) > 1 for mine in drawn)
+        style = ":" if many else "-"
+        line = top_right.plot([], [], color=GREY, linewidth=0.7, linestyle=style, label=r"2/$\eta$")
         top_right.legend(handles=line)
     if len(runs) > 1:
         top_left.legend()
@@ -76,19 +78,24 @@ class _Run:
         return values if rank is None else values[:, rank]
 
     def draw(self, panel: Any, name: str, rank: int | None = None) -> None:
-        """Draw a variable, with a band of one standard error where it has one."""
+        """Draw a variable, with one standard error where it has one: a band, or a bar for a single step."""
         values = self.along(name, rank)
-        panel.plot(self.step, values, color=self._colour, marker="o", markersize=2, label=self._name)
-        if f"{name}_stderr" in self._result:
-            error = self.along(f"{name}_stderr", rank)
+        style = {"color": self._colour, "marker": "o", "markersize": 2, "label": self._name}
+        error = self.along(f"{name}_stderr", rank) if f"{name}_stderr" in self._result else None
+        if len(self.step) == 1:
+            panel.errorbar(self.step, values, error, capsize=2, elinewidth=0.7, linestyle="", **style)
+            return
+        panel.plot(self.step, values, **style)
+        if error is not None:
             low, high = values - error, values + error
             panel.fill_between(self.step, low, high, color=self._colour, alpha=0.22, linewidth=0)
 
     def draw_threshold(self, panel: Any) -> None:
-        """2/η, above which descent without noise is unstable."""
+        """2/η, above which descent without noise is unstable: a dotted line, or a dash at a single step."""
         rate = self.along("learning_rate")
-        with np.errstate(divide="ignore"):
-            panel.plot(self.step, 2 / rate, color=self._colour, linewidth=0.7, linestyle=":")
+        bound = 2 / np.where(rate > 0, rate, np.nan)
+        dash = {"marker": "_", "markersize": 14, "markeredgewidth": 0.7} if len(self.step) == 1 else {}
+        panel.plot(self.step, bound, color=self._colour, linewidth=0.7, linestyle=":", **dash)
 
     def draw_break_even(self, panel: Any) -> None:
         """The break-even step, and the interval in which it lies."""
@@ -131,6 +138,8 @@ def _steps(result: Result) -> tuple[Floats, str]:
 def _space_steps(panel: Any, steps: Floats) -> None:
     """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
     steps = np.unique(steps)
+    if len(steps) == 1:
+        panel.set_xticks(steps)
     gaps = np.diff(steps)
     if len(gaps) > 3 and steps[0] >= 0 and np.ptp(steps) > 20 * np.median(gaps):
         panel.set_xscale("symlog", linthresh=steps[steps > 0].min(), linscale=0.3)

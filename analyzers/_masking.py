@@ -164,12 +164,22 @@ def check_steps(verdict: Verdict, probes: list[Probe]) -> None:
 
 
 def check_unbounded(verdict: Verdict, left: Mapping[str, float], n_samples: int, *, classifies: bool) -> None:
-    """Within reach of every input there is a wrong one: hardly any accuracy may be left."""
+    """Within reach of every input there is a wrong one: hardly any accuracy may be left.
+
+    Args:
+        verdict: Where the result is noted.
+        left: Accuracy with the whole range within reach, by attack; NaN where there is none.
+        n_samples: Samples attacked.
+        classifies: Whether accuracy means something.
+    """
     problems = []
-    for name, accuracy in left.items():
+    known = {name: accuracy for name, accuracy in left.items() if math.isfinite(accuracy)}
+    for name, accuracy in known.items():
         if float(wilson(np.array(accuracy), n_samples)[0]) > UNBOUNDED:
             problems.append(
                 f"{name} leaves an accuracy of {accuracy:.3g} although the whole range is within reach"
             )
     why = "it needs pgd" if classifies else "it needs class targets"
-    verdict.record("unbounded-breaks", problems, applies=bool(left), otherwise=why)
+    if left:
+        why = "the inputs are all one number, or some accuracy is NaN"
+    verdict.record("unbounded-breaks", problems, applies=bool(known), otherwise=why)

@@ -166,17 +166,27 @@ class Campaign:
         """
         if wanted is not None:
             return np.unique([0.0, *wanted])
-        return np.array([0.0, *FRACTIONS]) * self.reach(norm)
-
-    def reach(self, norm: Norm) -> float:
-        """The size that reaches every point between the smallest and the largest input."""
         width = self.high - self.low
         if not 0 < width < math.inf:
             raise OptionError(
                 f"the inputs reach from {self.low:g} to {self.high:g}: no ε can be chosen from them.",
                 "Check the data, or give --epsilons and --epsilons-l2 yourself.",
             )
-        return width * (math.sqrt(self.n_features) if norm == "l2" else 1.0)
+        return np.array([0.0, *FRACTIONS]) * width * self._length(norm)
+
+    def whole_range(self, norm: Norm) -> float:
+        """The size that reaches every point of the range of the inputs, or else of the one clipped to.
+
+        NaN where neither has a width: all inputs are one number, and nothing says how far others may lie.
+        """
+        for width in (self.high - self.low, self.box.high - self.box.low):
+            if 0 < width < math.inf:
+                return width * self._length(norm)
+        return math.nan
+
+    def _length(self, norm: Norm) -> float:
+        """Norm of a perturbation of one in every entry."""
+        return math.sqrt(self.n_features) if norm == "l2" else 1.0
 
     def attack(self, name: str, levels: Floats, meter: Meter, *, steps: int = 0) -> Outcome:
         """Each sample's loss and fraction right under an attack at these sizes.

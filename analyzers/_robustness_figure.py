@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def draw_robustness(result: Result, figure: Any, style: str = "") -> None:
     norms = [n for n in NORMS if any(KINDS[name].norm == n for name in data.attacks)]
     over_steps = any(len(pieces) > 1 for pieces in data.runs.values())
     count = len(norms) + over_steps
-    figure.set_size_inches(6.75 if count > 1 else 3.25, 2.3)
+    figure.set_size_inches(6.75 if count > 1 or len(data.runs) > 1 else 3.25, 2.3)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for i, (panel, norm) in enumerate(zip(panels, norms, strict=False)):
         _draw_sizes(panel, data, norm)
@@ -140,6 +139,8 @@ def _middle(data: _Measured) -> tuple[int, int]:
     shown = [i for pieces in data.runs.values() for i in pieces]
     values = data.value[shown, row]
     known = np.flatnonzero(np.isfinite(values).all(axis=0))
+    if not known.size:  # a sample without a target leaves no mean
+        return row, values.shape[1] // 2
     if data.measure == "loss":
         return row, int(known[len(known) // 2])
     center = np.median(values[:, known], axis=0)
@@ -199,6 +200,6 @@ def _add_legend(figure: Any, data: _Measured) -> None:
             names.append(run.replace("$", r"\$"))
         if len(data.runs) > len(DASHES):
             names[-1] += f" ({len(data.runs) - len(DASHES)} more not shown)"
-    needed = sum(3.5 * len(name) + 24 for name in names)  # points, at the legend's size
-    rows = math.ceil(needed / (72 * figure.get_size_inches()[0]))
-    figure.legend(handles, names, loc="outside upper center", ncols=math.ceil(len(handles) / rows))
+    widest = max(3.5 * len(name) + 24 for name in names)  # points, at the legend's size
+    columns = max(1, int(72 * figure.get_size_inches()[0] // widest))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns)

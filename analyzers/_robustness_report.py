@@ -98,6 +98,10 @@ class Report:
         }
         if math.isfinite(campaign.box.low):
             self.values |= {"clip_low": campaign.box.low, "clip_high": campaign.box.high}
+        if lost := int(np.isnan(clean.loss[0]).sum()):
+            self.notes.append(
+                f"{lost} of {n} samples have no loss (NaN), as where a target is ignored: so has no mean"
+            )
         if clean.accuracy is None:
             self.notes.append("the targets are no classes: there is a loss under attack, but no accuracy")
             return

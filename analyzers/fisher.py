@@ -85,7 +85,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     """For ten classes: a backward pass is some two forward passes."""
     del n_checkpoints
     columns = 10 if options.get("method", "auto") != "sampled" else 4
-    passes = 1 + 2 * columns + 3 + (8 if options.get("kl_check", True) else 0)
+    passes = 8 + 1 + 2 * columns + 3 + (8 if options.get("kl_check", True) else 0)
     passes += (1 + 2 * columns) if options.get("kfac", False) else 0
     return {"forwards": passes + 6 * int(options.get("noise_injection", 0))}
 
@@ -149,7 +149,8 @@ def fisher(
     E‖∇ℓ‖² with the data's own labels, is another quantity and stands beside it under its own name.
 
     Cost: exact, one forward pass and per class one backward pass with norms, 6 gradients of the data for a
-    multilayer perceptron with ten classes; sampled, a few backward passes.
+    multilayer perceptron with ten classes; sampled, a few backward passes; either way three gradients to
+    compare the layers' rules with automatic differentiation on all data.
 
     Args:
         model: The network; found unchanged afterwards, which is checked.
@@ -157,8 +158,9 @@ def fisher(
         loss: cross_entropy, causal_lm, bce_with_logits or mse: one that says which labels the model draws.
         progress: Called with (done, total, what).
         method: exact, sampled, or auto: exact up to `max_columns` classes times positions where the gradients
-            of single samples can be had in one backward pass, else sampled (recurrent layers).
-        tol: Relative standard error that the random draws may cause (sampled).
+            of single samples can be had in one backward pass, else sampled (where `vmap` cannot follow, as a
+            GRU).
+        tol: Relative standard error that the random draws may cause (sampled); it takes draws enough to tell.
         max_draws: Most random draws per sample (sampled).
         max_columns: Classes times positions up to which auto is exact.
         kl_check: Compare KL(p_w‖p_{w+δ}) for a small random δ with the prediction ½ δᵀFδ.
@@ -175,7 +177,8 @@ def fisher(
         names.
 
     Raises:
-        OptionError: If the loss defines no distribution over labels, or the options contradict each other.
+        OptionError: If the loss defines no distribution over labels, the model has no parameters, or the
+            options contradict each other.
 
     References:
         Achille, Rovere and Soatto, "Critical Learning Periods in Deep Networks", ICLR 2019.

@@ -108,7 +108,7 @@ RETURNS = {
 }
 
 SUMMARY = {
-    "break_even_step": _number("First step at which stability reaches 1"),
+    "break_even_step": _number("First step at which stability exceeds 1"),
     "break_even_low": _number("Certainly below 1 up to here"),
     "break_even_high": _number("Certainly above 1 here"),
     "break_even_state": _number("1 reached, 0 never, -1 already above 1 at the first checkpoint"),
@@ -202,7 +202,7 @@ def gradient_covariance(
 
         (1 − ηλ)² + s²η²(N − S)/(S(N − 1)) ≤ 1,   s² = Var_i[H_i],
 
-    and the first step where it reaches 1 is the break-even point. The criterion is exact for a quadratic loss
+    and the first step where it exceeds 1 is the break-even point. The criterion is exact for a quadratic loss
     and samples drawn without replacement.
 
     Cost: one pass for the gradients (three to four times a gradient of the whole data), 10 to 25

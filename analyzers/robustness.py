@@ -234,9 +234,6 @@ def robustness(
     loss = as_loss(loss)
     with frozen_eval(model):
         classifies = "accuracy" in chosen_metrics("auto", attacked, loss, model)
-        eigenvalue = largest_eigenvalue(model, batches, loss, seed) if curvature else Eigenvalue()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         campaign = Campaign(
             model,
             attacked,
@@ -247,6 +244,9 @@ def robustness(
             seed=seed,
         )
         grids = {name: campaign.levels(KINDS[name].norm, wanted[KINDS[name].norm]) for name in names}
+        eigenvalue = largest_eigenvalue(model, batches, loss, seed) if curvature else Eigenvalue()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
         iterated = sum(len(grids[n]) + 3 for n in names if KINDS[n].source == "steps")
         meter = Meter(progress, sum(len(grid) for grid in grids.values()) + iterated * pgd_steps * restarts)
         outcomes = {name: _attack(campaign, name, grids[name], partial, meter) for name in names}
@@ -318,8 +318,15 @@ def _probe(
         longer = campaign.attack(name, size, meter, steps=2 * campaign.effort.steps)
         probes.append(Probe(name, float(size[0]), outcome.score[level], longer.score[0], longer))
         if outcome.accuracy is not None:
-            reach = np.array([campaign.reach(KINDS[name].norm)])
-            found = campaign.attack(name, reach, meter).score
-            # What a smaller ball reached is within reach too.
-            left[name] = np.minimum(found[0], outcome.score.min(0))
+            left[name] = _left_within_reach(campaign, name, outcome, meter)
     return probes, left
+
+
+def _left_within_reach(campaign: Campaign, name: str, outcome: Outcome, meter: Meter) -> Floats:
+    """What PGD leaves of each sample with every point of the range within reach; NaN without a range."""
+    reach = campaign.whole_range(KINDS[name].norm)
+    if math.isnan(reach):
+        return np.full(campaign.n_samples, math.nan)
+    found = campaign.attack(name, np.array([reach]), meter).score
+    # What a smaller ball reached is within reach too.
+    return np.asarray(np.minimum(found[0], outcome.score.min(0)))

@@ -109,8 +109,12 @@ class GradientCovariance:
 
     @property
     def vanishes(self) -> bool:
-        """Whether all gradients are equal but for rounding, so that K is zero."""
-        return not self._resolved(self.eigenvalue[0])
+        """Whether all gradients are equal but for rounding, so that K is zero.
+
+        Or so small that products with K underflow, which shows where λ is not the variance along its vector.
+        """
+        leading, along = float(self.eigenvalue[0]), float((self.score[:, 0] ** 2).mean())
+        return not self._resolved(leading) or not 0.5 * leading < along < 2 * leading
 
     def _resolved(self, eigenvalue: Any) -> Any:
         """Which eigenvalues stand out of rounding: that of n products of gradients, as measured on nets."""
@@ -141,8 +145,13 @@ class GradientCovariance:
             deleted = np.array([row[name] for row in without])
             spread = deleted - deleted.mean(0)
             everything[f"{name}_stderr"] = np.sqrt((n_groups - 1) / n_groups * (spread**2).sum(0))
-        if math.isnan(everything["noise_scale_stderr"]):
+        if self.vanishes or math.isnan(everything["noise_scale_stderr"]):
             everything["noise_scale"] = math.nan
+        if self.vanishes:
+            everything["trace_ratio"] = math.nan
+        for name in ("trace_ratio", "noise_scale"):
+            if math.isnan(everything[name]):
+                everything[f"{name}_stderr"] = math.nan
         return everything
 
     def _moments(self, without: int | None) -> dict[str, Any]:

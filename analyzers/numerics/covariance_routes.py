@@ -93,10 +93,14 @@ def gradient_covariance(
             k=k,
             at_least=at_least,
             n_parameters=n_parameters,
-            rounding=max(torch.finfo(weight.dtype).eps for weight in model.parameters()),
+            rounding=_rounding(model),
         )
     wanted = min(max(k, at_least), len(groups.group) - 1, n_parameters)
     return _from_products(model, batches, loss, groups, k=k, wanted=wanted, tol=tol, seed=seed, memory=memory)
+
+
+def _rounding(model: nn.Module) -> float:
+    return max(torch.finfo(weight.dtype).eps for weight in model.parameters())
 
 
 def _stored(
@@ -150,7 +154,7 @@ def _from_products(
         inner[n_groups:, n_groups:],
         losses,
         groups,
-        max(torch.finfo(weight.dtype).eps for weight in model.parameters()),
+        _rounding(model),
         pairs.n_matvec,
     )
 
@@ -178,6 +182,7 @@ def _eigenpairs(
         rounding=operator.rounding,
         max_basis=min(room - k, n),
     )
+    operator.release()
     return replace(pairs, space=None)
 
 

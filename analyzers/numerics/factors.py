@@ -171,21 +171,34 @@ class Rows:
 
     def squared_norm(self) -> Tensor:
         """‖g_i‖², shape (n,), float64."""
-        same = self.index[:, :, None] == self.index[:, None, :]
-        return ((self.values @ self.values.mT).double() * same).sum((1, 2))
+        sample, _, rows = self._merged()
+        return rows.new_zeros(len(self.index)).index_add_(0, sample, rows.square().sum(1))
 
     def gram(self, other: Factor) -> Tensor:
         """g_i·h_j with the samples of another factor of the same parameter, shape (n, m), float64."""
         if not isinstance(other, Rows):
             return _explicit_gram(self, other)
-        m, others = other.index.shape
-        step = max(1, BLOCK // max(1, self.index.shape[1] * m * others))
-        theirs, found = other.values.flatten(0, 1).mT, []
-        for index, values in zip(torch.split(self.index, step), torch.split(self.values, step), strict=True):
-            same = index.reshape(-1, 1) == other.index.reshape(1, -1)
-            pairs = (values.flatten(0, 1) @ theirs).double() * same
-            found.append(pairs.reshape(*index.shape, m, others).sum((1, 3)))
-        return torch.cat(found)
+        sample, row, values = self._merged()
+        their_sample, their_row, theirs = other._merged()
+        theirs = theirs.to(other.values.dtype).mT
+        found = values.new_zeros(len(self.index), len(other.index))
+        step = max(1, BLOCK // max(1, len(their_row)))
+        for first in range(0, len(row), step):
+            part = slice(first, first + step)
+            pairs = (values[part].to(self.values.dtype) @ theirs).double()
+            pairs *= row[part, None] == their_row
+            by_sample = pairs.new_zeros(len(pairs), len(other.index)).index_add_(1, their_sample, pairs)
+            found.index_add_(0, sample[part], by_sample)
+        return found
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are not zero, those of one sample at one index added up: samples, indices, values."""
+        n = len(self.index)
+        place = torch.arange(n, device=self.index.device)[:, None] * self._shape[0] + self.index.long()
+        places, where = place.flatten().unique(return_inverse=True)
+        rows = self.values.new_zeros(len(places), self.values.shape[2], dtype=torch.float64)
+        rows.index_add_(0, where, self.values.flatten(0, 1).double())
+        return places // self._shape[0], places % self._shape[0], rows
 
     def dot(self, vector: Tensor) -> Tensor:
         """g_i·v for v in the parameter's shape, shape (n,), float64."""
@@ -202,8 +215,8 @@ class Rows:
 
     def as_outer(self) -> Outer:
         """The same with the rows as unit vectors."""
-        unit = torch.nn.functional.one_hot(self.index, self._shape[0]).to(self.values.dtype)
-        return Outer(unit, self.values, self._shape)
+        unit = self.values.new_zeros(*self.index.shape, self._shape[0])
+        return Outer(unit.scatter_(2, self.index.long()[..., None], 1), self.values, self._shape)
 
 
 def outer(left: Tensor, right: Tensor, shape: Sequence[int]) -> Factor:
@@ -231,6 +244,10 @@ def total(factors: Sequence[Factor]) -> Factor:
     """The sum of the contributions of several uses of one parameter (a tied weight, a layer called twice)."""
     if len(factors) == 1:
         return factors[0]
+    rows = [factor for factor in factors if isinstance(factor, Rows)]
+    if len(rows) == len(factors):
+        index = torch.cat([factor.index for factor in rows], 1)
+        return Rows(index, torch.cat([factor.values for factor in rows], 1), rows[0]._shape)
     factors = [factor.as_outer() if isinstance(factor, Rows) else factor for factor in factors]
     outers = [factor for factor in factors if isinstance(factor, Outer)]
     if len(outers) == len(factors):
@@ -238,6 +255,16 @@ def total(factors: Sequence[Factor]) -> Factor:
         return outer(left, torch.cat([factor.right for factor in outers], 1), outers[0]._shape)
     dense = [factor if isinstance(factor, Dense) else _formed(factor) for factor in factors]
     return functools.reduce(operator.add, dense)
+
+
+def joined(factors: Sequence[Factor]) -> Factor:
+    """One factor for the samples of several of the same form, in order."""
+    outers = [factor for factor in factors if isinstance(factor, Outer)]
+    if not outers:
+        dense = [factor for factor in factors if isinstance(factor, Dense)]
+        return Dense(torch.cat([factor._rows for factor in dense]).reshape(-1, *dense[0]._shape))
+    left, right = (torch.cat([getattr(factor, side) for factor in outers]) for side in ("left", "right"))
+    return Outer(left, right, outers[0]._shape)
 
 
 def _formed(factor: Factor) -> Dense:

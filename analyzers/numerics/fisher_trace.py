@@ -15,15 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynprobe.analyzers.numerics.evaluate import Estimate, map_tensors
+from dynprobe.analyzers.numerics.evaluate import Estimate
 from dynprobe.analyzers.numerics.losses import Loss
-from dynprobe.analyzers.numerics.output_factor import OutputFactor, output_factor
-from dynprobe.analyzers.numerics.per_sample import PerSamplePass, Routes, loss_cotangent
+from dynprobe.analyzers.numerics.output_factor import OutputFactor, draw_seeds, output_factor
+from dynprobe.analyzers.numerics.per_sample import PerSamplePass, Routes, loss_cotangent, settle
+from dynprobe.analyzers.numerics.sample_by_sample import grouped
 
 GROUP = 16
 """Samples that share one random-sign backward pass where a model has no per-sample rules."""
 FIRST_DRAWS = 4
-"""Draws of the first round: enough for an estimate of their own spread."""
+"""Draws of the first round: enough for an estimate of their own spread, where there are groups enough."""
+FREEDOM = 24
+"""Degrees of freedom, groups times draws less one, from which on that estimate is trusted."""
+FACTOR_BYTES = 2**30
+"""What the factor of the outputs' Fisher information of one group of samples may take."""
+FACTOR_COPIES = 8
+"""Tensors of the size of the outputs in float64 that it holds at once."""
 
 Progress = Callable[[str], None]
 Batches = Iterable[tuple[Any, Tensor]]
@@ -108,18 +115,18 @@ def exact_fisher_trace(
 
     Args:
         model: In eval mode.
-        batches: Pairs (inputs, targets).
+        batches: Pairs (inputs, targets), re-iterable.
         loss: One that says which labels the model would draw, see `output_factor`.
         parameters: Names; all when None.
-        routes: Filled with what the first pass finds out.
+        routes: From `settle`; otherwise settled first.
         progress: Told of every backward pass.
 
     Raises:
         ValueError: If the loss is no such loss.
     """
-    routes = routes if routes is not None else Routes()
+    routes = settle(model, batches, parameters=parameters, routes=routes)
     found, columns = [], 0
-    for inputs, targets in batches:
+    for inputs, targets in grouped(batches, _room(routes)):
         passed = PerSamplePass(model, inputs, parameters=parameters, routes=routes)
         factor = output_factor(loss, passed.outputs, targets)
         total = torch.zeros((), dtype=torch.float64)
@@ -150,7 +157,11 @@ def sampled_fisher_trace(
 
     Every draw takes one backward pass. Where all parameters have a per-sample rule, each sample's own squared
     norm is used. Elsewhere the signs are independent between samples too, so that E‖Σ_i g_i‖² = Σ_i‖g_i‖²,
-    over groups of few samples: the fewer, the less the mixed terms scatter.
+    over groups of few samples: the fewer, the less the mixed terms scatter. Signs and groups follow the order
+    of the data, not its batches (groups only where the samples of all batches have one shape).
+
+    The error of the draws is pooled over samples or groups. With few of these and few draws it is itself
+    left to chance, and two lucky draws would pass for precise: converged also takes 24 degrees of freedom.
 
     Args:
         model: In eval mode.
@@ -160,28 +171,27 @@ def sampled_fisher_trace(
         max_draws: Stop here, converged or not.
         seed: Of the signs.
         parameters: Names; all when None.
-        routes: Filled with what the first pass finds out.
+        routes: From `settle`; otherwise settled first.
         progress: Told of every backward pass.
 
     Raises:
         ValueError: If the loss is no such loss.
     """
-    generator = torch.Generator().manual_seed(seed)
-    routes = routes if routes is not None else Routes()
+    seeds = draw_seeds(seed, max_draws)
+    routes = settle(model, batches, parameters=parameters, routes=routes)
     mean, squares, sizes = torch.zeros(()).double(), torch.zeros(()).double(), torch.ones(1).double()
-    done, wanted, error, total = 0, min(FIRST_DRAWS, max_draws), math.inf, math.nan
+    done, wanted, error, converged = 0, min(FIRST_DRAWS, max_draws), math.inf, False
     while done < wanted:
-        found, sizes = _draws(
-            model, batches, loss, wanted - done, generator, parameters, routes, progress
-        )  # (draws, groups, parameters)
+        found, sizes = _draws(model, batches, loss, seeds[done:wanted], parameters, routes, progress)
         mean = (mean * done + found.sum(0)) / wanted
         squares = squares + found.sum(2).square().sum(0)
         done = wanted
         error, total = _draw_error(mean.sum(1), squares, sizes, done)
-        if error > tol * total and done > 1:
+        least = math.ceil(FREEDOM / len(sizes)) + 1
+        converged = error <= tol * total and done >= least
+        if not converged and done > 1 and math.isfinite(error):
             needed = math.ceil(1.1 * done * (error / (tol * total)) ** 2) if total > 0 else max_draws
-            wanted = min(max_draws, max(done + 1, needed))
-    converged = error <= tol * total
+            wanted = min(max_draws, max(done if error <= tol * total else done + 1, needed, least))
     return SquaredNorms(_names(model, parameters), mean, sizes, done, error, converged, done)
 
 
@@ -190,6 +200,7 @@ def gradient_moments(
     batches: Batches,
     loss: Loss,
     *,
+    exact: bool = False,
     draws: int = 16,
     seed: int = 0,
     parameters: Sequence[str] | None = None,
@@ -199,35 +210,36 @@ def gradient_moments(
     """E‖∇ℓ_i‖² and ‖E∇ℓ_i‖² per parameter tensor, with the data's own labels.
 
     Cost: one forward and one backward pass. A parameter without a per-sample rule makes it `draws` backward
-    passes with random signs over groups of few samples, as in `sampled_fisher_trace`.
+    passes with random signs over groups of few samples, as in `sampled_fisher_trace`, unless `exact`.
 
     Args:
         model: In eval mode.
-        batches: Pairs (inputs, targets).
+        batches: Pairs (inputs, targets), re-iterable.
         loss: Any with one value per sample.
+        exact: Take the slow route to such parameters instead, without any random number.
         draws: Random draws where they are needed.
         seed: Of the signs.
         parameters: Names; all when None.
-        routes: Filled with what the first pass finds out.
+        routes: From `settle`; otherwise settled first.
         progress: Told of every batch.
     """
-    generator = torch.Generator().manual_seed(seed)
-    routes = routes if routes is not None else Routes()
-    names = _names(model, parameters)
+    routes = settle(model, batches, parameters=parameters, routes=routes)
+    names, random = _names(model, parameters), bool(routes.slow) and not exact
+    signs = [torch.Generator().manual_seed(part) for part in draw_seeds(seed, draws if random else 0)]
     sums: dict[str, Tensor] = {}
-    found, sizes, n, random = [], [], 0, False
-    for inputs, targets in _groups(model, batches, parameters, routes):
+    found, sizes, n = [], [], 0
+    for inputs, targets in _groups(batches, routes) if random else batches:
         passed = PerSamplePass(model, inputs, parameters=parameters, routes=routes)
-        _, cotangent = loss_cotangent(loss, passed.outputs, targets)
-        if routes.slow:
-            random = True
-            drawn = [_mixed(passed, _flip(cotangent, generator)) for _ in range(draws)]
-            found.append(torch.stack(drawn).mean(0))
+        losses, cotangent = loss_cotangent(loss, passed.outputs, targets)
+        # a sample without a loss, whose targets are all ignored, has no gradient either
+        cotangent[losses.isnan()] = math.nan
+        if random:
+            found.append(torch.stack([_mixed(passed, _flip(cotangent, generator)) for generator in signs]))
             sizes.append(torch.tensor([len(targets)]))
             gradient = {name: part.double() for name, part in passed.gradient(cotangent).items()}
         else:
             factors = passed.pull(cotangent)
-            found.append(_stack([factors[name].squared_norm() for name in names]))
+            found.append(_stack([factors[name].squared_norm() for name in names])[None])
             sizes.append(torch.ones(len(targets)))
             ones = torch.ones(len(targets), device=cotangent.device)
             gradient = {name: factor.combine(ones) for name, factor in factors.items()}
@@ -236,50 +248,43 @@ def gradient_moments(
         n += len(targets)
         _tell(progress, "gradients")
     mean = {name: float(part.square().sum()) / n**2 for name, part in sums.items()}
-    values, counts = torch.cat(found), torch.cat(sizes).double()
-    return Moments(SquaredNorms(names, values, counts, draws if random else 0, backwards=1), mean)
+    values, counts = torch.cat(found, 1), torch.cat(sizes).double()
+    squares = values.sum(2).square().sum(0)
+    error = _draw_error(values.mean(0).sum(1), squares, counts, draws)[0] if random else 0.0
+    return Moments(SquaredNorms(names, values.mean(0), counts, len(signs), error, backwards=1), mean)
 
 
 def _draws(
     model: nn.Module,
     batches: Batches,
     loss: Loss,
-    count: int,
-    generator: torch.Generator,
+    seeds: Sequence[int],
     parameters: Sequence[str] | None,
     routes: Routes,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
     """Squared norms, shape (draws, groups, parameters), and the groups' sizes."""
+    signs = [torch.Generator().manual_seed(seed) for seed in seeds]
     found, sizes = [], []
-    for inputs, targets in _groups(model, batches, parameters, routes):
+    for inputs, targets in _groups(batches, routes):
         passed = PerSamplePass(model, inputs, parameters=parameters, routes=routes)
         factor = output_factor(loss, passed.outputs, targets)
         norms = _mixed if routes.slow else _norms
-        found.append(torch.stack([norms(passed, factor.random(generator)) for _ in range(count)]))
+        found.append(torch.stack([norms(passed, factor.random(generator)) for generator in signs]))
         sizes.append(torch.tensor([len(targets)]) if routes.slow else torch.ones(len(targets)))
         _tell(progress, "random signs")
     return torch.cat(found, 1), torch.cat(sizes).double()
 
 
-def _groups(
-    model: nn.Module, batches: Batches, parameters: Sequence[str] | None, routes: Routes
-) -> Iterator[tuple[Any, Tensor]]:
-    """The batches, cut into groups of few samples where a parameter has no per-sample rule."""
-    for inputs, targets in batches:
-        if not routes.verified:
-            PerSamplePass(model, inputs, parameters=parameters, routes=routes)
-        n = len(targets)
-        if not routes.slow or n <= GROUP:
-            yield inputs, targets
-            continue
-        for first in range(0, n, GROUP):
-            yield _part(inputs, n, first), targets[first : first + GROUP]
+def _groups(batches: Batches, routes: Routes) -> Iterator[tuple[Any, Tensor]]:
+    """Groups that share one backward pass where a parameter has no per-sample rule; else the batches."""
+    room = _room(routes)
+    return grouped(batches, min(GROUP, room), across=True) if routes.slow else grouped(batches, room)
 
 
-def _part(inputs: Any, n: int, first: int) -> Any:
-    """A group's rows of every tensor that has one for each sample."""
-    return map_tensors(lambda t: t[first : first + GROUP] if t.dim() and len(t) == n else t, inputs)
+def _room(routes: Routes) -> int:
+    """Samples whose outputs' factor fits in the memory meant for it."""
+    return max(1, FACTOR_BYTES // (FACTOR_COPIES * 8 * routes.entries))
 
 
 def _norms(passed: PerSamplePass, cotangent: Tensor) -> Tensor:
@@ -300,7 +305,7 @@ def _stack(columns: Sequence[Tensor]) -> Tensor:
 
 def _flip(cotangent: Tensor, generator: torch.Generator) -> Tensor:
     """Each sample's with a random sign."""
-    signs = torch.randint(2, (len(cotangent),), generator=generator) * 2 - 1
+    signs = torch.randint(2, (len(cotangent),), generator=generator, dtype=torch.int8) * 2 - 1
     return cotangent * signs.to(cotangent).reshape(-1, *[1] * (cotangent.dim() - 1))
 
 

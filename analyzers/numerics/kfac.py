@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynprobe.analyzers.numerics.layer_rules import CONVOLUTIONS
+from dynprobe.analyzers.numerics.layer_rules import CONVOLUTIONS, LayerUse
 from dynprobe.analyzers.numerics.losses import Loss
-from dynprobe.analyzers.numerics.output_factor import OutputFactor, output_factor
-from dynprobe.analyzers.numerics.per_sample import LayerUse, PerSamplePass, Routes
+from dynprobe.analyzers.numerics.output_factor import draw_seeds, output_factor
+from dynprobe.analyzers.numerics.per_sample import PerSamplePass, Routes, settle
 
 MAXIMAL_SIDE = 6000
 """Rows of a factor that is still decomposed: two minutes on one core."""
@@ -113,12 +113,12 @@ def kronecker_factors(
 
     Args:
         model: In eval mode.
-        batches: Pairs (inputs, targets).
+        batches: Pairs (inputs, targets), re-iterable.
         loss: One that says which labels the model would draw, see `output_factor`.
         max_columns: Classes times positions up to which G is exact.
         draws: Random-sign draws beyond.
         seed: Of the signs.
-        routes: Filled with what the first pass finds out.
+        routes: From `settle`; otherwise settled first.
 
     Raises:
         ValueError: If the loss is no such loss, or a factor is not finite.
@@ -129,18 +129,16 @@ def kronecker_factors(
         ICML 2016, §3. Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network
         architectures", NeurIPS 2023, §3 (K-FAC-expand).
     """
-    generator = torch.Generator().manual_seed(seed)
-    routes = routes if routes is not None else Routes()
+    signs = [torch.Generator().manual_seed(part) for part in draw_seeds(seed, draws)]
+    routes = settle(model, batches, routes=routes)
     sums: dict[str, tuple[tuple[str, ...], Tensor, Tensor]] = {}
     n, exact = 0, True
     for inputs, targets in batches:
         passed = PerSamplePass(model, inputs, routes=routes)
         factor = output_factor(loss, passed.outputs, targets)
-        exact = exact and factor.n_columns <= max_columns
-        cotangents = (
-            factor.columns() if factor.n_columns <= max_columns else _random(factor, draws, generator)
-        )
-        share = 1.0 if factor.n_columns <= max_columns else 1 / draws
+        few = factor.n_columns <= max_columns
+        exact, share = exact and few, 1.0 if few else 1 / draws
+        cotangents = factor.columns() if few else (factor.random(generator) for generator in signs)
         uses = _covered(passed)
         grams = [torch.zeros((), dtype=torch.float64) for _ in uses]
         for cotangent in cotangents:
@@ -159,10 +157,6 @@ def kronecker_factors(
         if max(a.shape[0], g.dim() and g.shape[0]) <= MAXIMAL_SIDE and g.dim()
     }
     return _assembled(model, layers, exact=exact)
-
-
-def _random(factor: OutputFactor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    return (factor.random(generator) for _ in range(draws))
 
 
 def _covered(passed: PerSamplePass) -> list[LayerUse]:
@@ -185,22 +179,25 @@ def _is_known(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _rows(use: LayerUse, passed: PerSamplePass) -> Tensor:
-    """Inputs of all samples and positions, shape (n * positions, features), float32 or float64."""
+def _rows(use: LayerUse, passed: PerSamplePass) -> Iterator[Tensor]:
+    """Inputs of all samples and positions, shapes (some, features)."""
     if isinstance(use.module, CONVOLUTIONS):
-        return passed.seen(use).flatten(0, 1)
-    return use.inputs.reshape(-1, use.inputs.shape[-1])
+        return (seen.flatten(0, 1) for seen in passed.patches.of(use))
+    return iter([use.inputs.reshape(-1, use.inputs.shape[-1])])
 
 
 def _second_moment(passed: PerSamplePass, use: LayerUse) -> Tensor:
     """Σ_i Σ_t a aᵀ, with a 1 appended for the bias."""
-    rows = _rows(use, passed)
-    moment = (rows.mT @ rows).double()
+    moment = total = torch.zeros((), dtype=torch.float64, device=use.inputs.device)
+    count = 0
+    for rows in _rows(use, passed):
+        moment = moment + (rows.mT @ rows).double()
+        total = total + rows.sum(0, dtype=torch.float64)[:, None]
+        count += len(rows)
     if "bias" not in use.names:
         return moment
-    total = rows.sum(0, dtype=torch.float64)[:, None]
-    count = torch.full((1, 1), float(len(rows)), dtype=torch.float64, device=rows.device)
-    return torch.cat([torch.cat([moment, total], 1), torch.cat([total.mT, count], 1)])
+    corner = total.new_full((1, 1), float(count))
+    return torch.cat([torch.cat([moment, total], 1), torch.cat([total.mT, corner], 1)])
 
 
 def _gram(use: LayerUse, delta: Tensor, n: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,9 @@ def kl_check(
 ) -> KlCheck:
     """Compare the divergence between the model's label distributions at w and w + δ with ½ δᵀFδ.
 
-    δ is Gaussian, of length `size` times that of all weights. The left side takes two forward passes and no
-    derivative, the right side one Fisher-vector product.
+    δ is Gaussian, of length `size` times that of all weights, and zero in an embedding's row for padding: its
+    gradient is zero by convention, though the outputs depend on it. The left side takes two forward passes
+    and no derivative, the right side one Fisher-vector product.
 
     Args:
         model: Taken in eval mode.
@@ -70,6 +71,8 @@ def kl_check(
         name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
         for name, value in weights.items()
     }
+    for name, row in _padding_rows(model):
+        noise[name][row] = 0
     length = _norm(weights) / _norm(noise)
     there = {name: value + (size * length * noise[name]).to(value) for name, value in weights.items()}
     # what was really added, after rounding to the model's dtype
@@ -97,7 +100,7 @@ def divergence(loss: Loss, before: Tensor, after: Tensor, targets: Tensor) -> Te
     """
     before, change = before.double(), after.double() - before.double()
     if loss.name == "mse":  # Gaussians of variance D/2 in each of D outputs
-        return change.flatten(1).square().mean(1)
+        return change.reshape(len(change), -1).square().mean(1)
     if loss.name == "bce_with_logits":
         before, change = (torch.stack([t, torch.zeros_like(t)], 1) for t in (before, change))
         targets = torch.zeros_like(change[:, 0])
@@ -113,6 +116,14 @@ def divergence(loss: Loss, before: Tensor, after: Tensor, targets: Tensor) -> Te
     precise = torch.log1p((p * (torch.expm1(change) - change)).sum(1, keepdim=True))
     terms = torch.where(small, precise, plain)
     return (position_share(before, targets) * terms).flatten(1).sum(1)
+
+
+def _padding_rows(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Parameters that have a row for padding, and which it is."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in names:
+            yield names[id(module.weight)], module.padding_idx
 
 
 def _norm(tensors: dict[str, Tensor]) -> float:

@@ -18,8 +18,10 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 Matvec = Callable[[Tensor], Tensor]
 
-COLUMNS = 2**20
-"""Columns of the basis that are converted or multiplied at once: temporary memory stays small."""
+ENTRIES = 2**22
+"""Entries of the basis that are copied or converted at once: 32 MiB in float64."""
+WINDOW = 9
+"""Last vectors along which coefficients are float64 products: all of them for up to three chains."""
 BLOCK = 32
 """Vectors that are allocated at once: an array that grows would for a moment be there twice."""
 
@@ -208,7 +210,7 @@ class KrylovSpace:
     def _coefficients(self, product: Tensor) -> tuple[Tensor, Floats]:
         """What of a new product lies outside the basis, and its coefficients along the basis."""
         coefficient = np.zeros(self.size)
-        count = min(self.size, 2 * len(self._tails) + 3)
+        count = min(self.size, 2 * len(self._tails) + 3, WINDOW)
         last = self._last(count).double()
         part = last @ product.double()
         coefficient[-count:] += part.cpu().numpy()
@@ -258,8 +260,7 @@ class KrylovSpace:
         found = torch.zeros(self.n, dtype=torch.float64, device=self._like.device)
         matrix = torch.from_numpy(self.projected).to(found)
         weights = [(t.vector, torch.from_numpy(t.weight).to(found)) for t in self._tails if t.weight.any()]
-        for start in range(0, self.n, COLUMNS):
-            cut = slice(start, start + COLUMNS)
+        for cut in self._cuts():
             rows = self._columns(cut).double()
             # QᵀQH + HQᵀQ − QᵀQHQᵀQ, with HQᵀ = QᵀT + tails
             image = matrix @ rows
@@ -272,8 +273,7 @@ class KrylovSpace:
         """Keeps only the Ritz vectors of the given coordinates (columns): a thick restart."""
         kept = coordinate.shape[1]
         turn = torch.as_tensor(coordinate.T).to(self._like)
-        for start in range(0, self.n, COLUMNS):
-            cut = slice(start, start + COLUMNS)
+        for cut in self._cuts():
             turned, first = turn @ self._columns(cut), 0
             for block in self._blocks:
                 part = turned[first : first + len(block)]
@@ -288,8 +288,8 @@ class KrylovSpace:
     def orthogonality(self) -> float:
         """Largest entry of |QQᵀ − I|."""
         gram = torch.zeros((self.size, self.size), dtype=torch.float64, device=self._like.device)
-        for start in range(0, self.n, COLUMNS):
-            rows = self._columns(slice(start, start + COLUMNS)).double()
+        for cut in self._cuts():
+            rows = self._columns(cut).double()
             gram += rows @ rows.T
         return float((gram - torch.eye(self.size).to(gram)).abs().max())
 
@@ -299,6 +299,11 @@ class KrylovSpace:
         for tail in self._tails:
             found += float(tail.weight @ coordinate) * tail.vector.double()
         return found
+
+    def _cuts(self) -> Iterator[slice]:
+        """Parts of the columns, so that a copy of one is small."""
+        width = max(1, ENTRIES // max(self.size, 1))
+        return (slice(start, start + width) for start in range(0, self.n, width))
 
     def _columns(self, cut: slice) -> Tensor:
         """Some columns of the whole basis, a copy."""

@@ -2,28 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dynprobe.analyzers.numerics.factors import Dense, Factor, Rows, outer
+from dynprobe.analyzers.numerics.factors import Dense, Factor, Rows, joined, outer
 
 Rule = Callable[[Any, Tensor, Tensor], dict[str, Factor]]
 """`(module, input, output gradient) -> factors by the module's own parameter names`, samples along dim 0."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KEPT_PATCHES = 2**28
+"""Bytes of convolution patches that are kept for the next pull; more are made for few samples at a time."""
+
+
+class Patches:
+    """Makes what the convolutions of one forward pass see, and keeps it as far as memory allows."""
+
+    def __init__(self) -> None:
+        self._kept: dict[LayerUse, Tensor] = {}
+        self._bytes = 0
+
+    def of(self, use: LayerUse) -> Iterator[Tensor]:
+        """Patches, shape (k, positions, entries), of some samples after the other; of all if kept."""
+        if use not in self._kept:
+            one = patches(use.module, use.inputs[:1]).nbytes
+            if self._bytes + one * len(use.inputs) > KEPT_PATCHES:
+                step = max(1, KEPT_PATCHES // (4 * one))  # the rule takes some copies of them
+                yield from (patches(use.module, part) for part in use.inputs.split(step))
+                return
+            self._kept[use] = patches(use.module, use.inputs)
+            self._bytes += self._kept[use].nbytes
+        yield self._kept[use]
+
+
+@dataclass(eq=False)
+class LayerUse:
+    """One call of a layer in the forward pass.
+
+    Args:
+        module: The layer.
+        inputs: What it was given.
+        edge: Its output's place in the graph.
+        names: Its parameters that are differentiated: own name to name in the model.
+    """
+
+    module: nn.Module
+    inputs: Tensor
+    edge: GradientEdge
+    names: dict[str, str]
+
+    def factors(self, delta: Tensor, n: int, made: Patches) -> dict[str, Factor]:
+        """Per-sample gradients by the module's own parameter names; none if its rule cannot tell samples.
+
+        Args:
+            delta: Gradient at the output.
+            n: Samples in the batch.
+            made: Of the same forward pass.
+        """
+        module, inputs = self.module, self.inputs
+        if len(inputs) != n or len(delta) != n:
+            if not by_position(module) or not len(inputs) or len(inputs) % n or len(delta) % n:
+                return {}
+            inputs, delta = (t.reshape(n, -1, *t.shape[1:]) for t in (inputs, delta))
+        if not isinstance(module, CONVOLUTIONS):
+            rule = rule_for(module)
+            return rule(module, inputs, delta) if rule is not None else {}
+        parts, done = [], 0
+        for seen in made.of(self):
+            parts.append(convolution(module, seen, delta[done : done + len(seen)]))
+            done += len(seen)
+        return {local: joined([part[local] for part in parts]) for local in parts[0]}
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a module's type, None where there is none."""
+    """The rule of a module's type, None where there is none.
+
+    A subclass with a `forward` of its own has none: it may do anything with its input. (A parametrised module
+    is of a subclass that inherits it.)
+    """
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         return None  # batch statistics: a sample has no gradient of its own
-    for kinds, rule in _RULES:
-        if isinstance(module, kinds):
-            return rule
+    for kind, rule in _RULES:
+        if isinstance(module, kind):
+            return rule if type(module).forward is kind.forward else None
     if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
         return _transposed_linear  # GPT-2's, known by its name so that transformers need not be installed
     return None
@@ -136,7 +203,7 @@ def _positions(values: Tensor) -> Tensor:
 
 _RULES: tuple[tuple[Any, Rule], ...] = (
     (nn.Linear, _linear),
-    (CONVOLUTIONS, _convolution),
+    *((kind, _convolution) for kind in CONVOLUTIONS),
     (_BatchNorm, _batch_norm),
     (nn.LayerNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),

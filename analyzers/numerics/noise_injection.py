@@ -37,7 +37,7 @@ class NoiseInjection:
     """What the noise settled at.
 
     Args:
-        trace: Σ_j F_jj per parameter tensor, mean over the second half of the steps.
+        trace: Σ_j F_jj per parameter tensor that got noise, mean over the second half of the steps.
         stderr: Its Monte Carlo standard error, from batch means.
         total: The same for all tensors together.
         total_stderr: Its standard error.
@@ -120,7 +120,8 @@ def noise_injection(
     Each step takes the gradients at θ + σ∘ε and θ − σ∘ε: of their difference nothing is left but curvature,
     so the gradient itself adds no variance. log σ² descends by Adam as in the authors' code, from where a few
     probes put it; λ follows in closed form. As there, only tensors with filters (two or more dimensions)
-    get noise, one variance per filter.
+    get noise, one variance per filter; and of these no tensor that is zero throughout, for which λ, and with
+    it σ, has no scale to go by.
 
     The curvature is that of the loss with the data's labels, smoothed over the noise: the Fisher information
     only where that equals the Hessian. β sets the size of the noise: σ² ≈ 2β/F,
@@ -139,7 +140,7 @@ def noise_injection(
         progress: Told of every step.
 
     Raises:
-        ValueError: If no parameter has filters, or a tensor is zero throughout so that its prior is.
+        ValueError: If no parameter has filters and is not zero throughout.
 
     References:
         Achille, Rovere and Soatto, "Critical learning periods in deep networks", ICLR 2019, §3.
@@ -147,9 +148,11 @@ def noise_injection(
         `variational.py`. Here the weights' own noise is drawn, not that of the layers' outputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    axes = {name: axis for name, axis in filter_axis(model).items() if axis is not None}
+    given = dict(model.named_parameters())
+    filters = filter_axis(model).items()
+    axes = {name: axis for name, axis in filters if axis is not None and bool(given[name].any())}
     if not axes:
-        raise ValueError("no parameter has two or more dimensions, so none gets noise.")
+        raise ValueError("no parameter has two or more dimensions and is not zero, so none gets noise.")
     function = ModelFunction(model, parameters=list(axes))
     values = {name: leaf.detach().clone() for name, leaf in function.leaves.items()}
     tensors = {name: _Tensor(value, axes[name], beta) for name, value in values.items()}

@@ -38,9 +38,18 @@ class OutputFactor:
             yield self.apply(unit.reshape(self.shape))
 
     def random(self, generator: torch.Generator) -> Tensor:
-        """S s with random signs s: E[S s sᵀ Sᵀ] = M, and independent between samples."""
-        signs = torch.randint(2, self.shape, generator=generator) * 2 - 1
+        """S s with random signs s: E[S s sᵀ Sᵀ] = M, and independent between samples.
+
+        Drawn one sample after the other: the same signs, however the samples are split into batches.
+        """
+        signs = torch.randint(2, self.shape, generator=generator, dtype=torch.int8) * 2 - 1
         return self.apply(signs.to(self.device, torch.float64))
+
+
+def draw_seeds(seed: int, draws: int) -> list[int]:
+    """One seed per draw: each draw's signs come from a generator of its own, in the order of the data."""
+    generator = torch.Generator().manual_seed(seed)
+    return [int(torch.randint(2**62, (), generator=generator)) for _ in range(draws)]
 
 
 def output_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> OutputFactor:
@@ -65,7 +74,12 @@ def output_factor(loss: Loss, outputs: Tensor, targets: Tensor) -> OutputFactor:
         ValueError: The loss is none of these, so that it is not known which labels the model would draw.
     """
     make = _FACTORS.get(loss.name)
-    if make is None or loss != get_loss(loss.name):
+    if make is not None and loss != get_loss(loss.name):
+        raise ValueError(
+            f"{loss.name} is a function of your own here, which may weigh or smooth labels; only the loss "
+            f"of that name (--loss {loss.name}) is known not to."
+        )
+    if make is None:
         raise ValueError(
             f"the Fisher information needs a loss that says which labels the model would draw: "
             f"{', '.join(_FACTORS)}; {loss.name!r} does not."
@@ -89,14 +103,16 @@ def _softmax(outputs: Tensor, targets: Tensor) -> OutputFactor:
 
 
 def position_share(outputs: Tensor, targets: Tensor) -> Tensor:
-    """What each position counts within its sample, shaped to multiply the outputs; float64."""
+    """What each position counts within its sample, shaped to multiply the outputs; float64.
+
+    NaN, as the loss is, for a sample without any that counts.
+    """
     if targets.is_floating_point():
         counted = torch.ones_like(outputs[:, 0], dtype=torch.float64)
     else:
         counted = (targets != IGNORED_TARGET).double()
-    if counted.dim() > 1:
-        counted = counted / counted.flatten(1).sum(1).reshape(-1, *[1] * (counted.dim() - 1))
-    return counted.unsqueeze(1)
+    whole = counted.reshape(len(counted), -1).sum(1)
+    return (counted / whole.reshape(-1, *[1] * (counted.dim() - 1))).unsqueeze(1)
 
 
 def _next_token(outputs: Tensor, targets: Tensor) -> OutputFactor:

@@ -63,11 +63,14 @@ def _filter_axis(owner: nn.Module, name: str, parameter: Tensor) -> FilterAxis |
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
     """Group parameter names by the module they belong to, in order: `conv1.weight`, `conv1.bias` → `conv1`.
 
-    A parameter of the model itself is a layer of its own name.
+    A parameter of the model itself is a layer of its own name. What a parametrised tensor is computed from
+    (`conv1.parametrizations.weight.original0`) stands in its place (`conv1.weight`).
     """
     layers: dict[str, list[str]] = {}
     for name in names:
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        module, parametrised, rest = f".{name}".partition(".parametrizations.")
+        plain = f"{module[1:]}.{rest.partition('.')[0]}".lstrip(".") if parametrised else name
+        layers.setdefault(plain.rpartition(".")[0] or plain, []).append(name)
     return layers
 
 

@@ -3,35 +3,30 @@
 One forward pass keeps its graph and the inputs of the layers; a backward pass to the layers' *outputs* then
 gives δ for all samples at once, and a layer's rule (`layer_rules`) makes per-sample gradients of input and δ.
 Parameters without a rule (bare parameters, recurrent layers, packed attention weights) take a slow route:
-`torch.func.vmap` over samples, or a loop where that fails. Nothing is taken on trust: the first pass compares
-every parameter's Σ_i w_i g_i, for random w, with what autograd says.
+`torch.func.vmap` over samples, or a loop where that fails. Nothing is taken on trust: on every batch each
+parameter's Σ_i w_i g_i, for random w, is compared once with what autograd says, because a parameter may be
+without a gradient in one batch (an expert that sees no sample, a mask token) and have one in another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from dynprobe.analyzers.numerics.evaluate import map_tensors
 from dynprobe.analyzers.numerics.factors import Dense, Factor, nothing, total
-from dynprobe.analyzers.numerics.layer_rules import (
-    CONVOLUTIONS,
-    by_position,
-    convolution,
-    patches,
-    rule_for,
-)
+from dynprobe.analyzers.numerics.layer_rules import LayerUse, Patches, rule_for
 from dynprobe.analyzers.numerics.losses import Loss
 from dynprobe.analyzers.numerics.model_function import _Caller
-from dynprobe.analyzers.numerics.sample_by_sample import Loop, vectorised
+from dynprobe.analyzers.numerics.sample_by_sample import Loop, n_samples, vectorised
 
-KEPT_PATCHES = 2**28
-"""Bytes of convolution patches that one pass keeps for its next pull."""
+ROUNDING = 100.0
+"""Units of the last place of the whole gradient, below which a difference is nothing but rounding."""
 
 
 class SamplesMixed(ValueError):
@@ -40,36 +35,21 @@ class SamplesMixed(ValueError):
 
 @dataclass
 class Routes:
-    """What the first pass over a model found out, for the next ones.
+    """What comparing with autograd found out about a model, for the passes that follow.
 
     Args:
         slow: Parameters whose per-sample gradients no layer rule gives.
-        verified: Whether the rules were compared with autograd.
+        compared: Those of them that the slow route was seen to give.
+        settled: Whether all batches have been compared, see `settle`.
         vectorised: Whether `vmap` can follow the model; if not, a loop over samples does it.
+        entries: Most entries of a sample's outputs.
     """
 
     slow: set[str] = field(default_factory=set)
-    verified: bool = False
+    compared: set[str] = field(default_factory=set)
+    settled: bool = False
     vectorised: bool = True
-
-
-@dataclass
-class LayerUse:
-    """One call of a layer in the forward pass.
-
-    Args:
-        module: The layer.
-        inputs: What it was given.
-        edge: Its output's place in the graph.
-        names: Its parameters that are differentiated: own name to name in the model.
-        seen: Patches of a convolution, once they were needed.
-    """
-
-    module: nn.Module
-    inputs: Tensor
-    edge: GradientEdge
-    names: dict[str, str]
-    seen: Tensor | None = None
+    entries: int = 1
 
 
 class PerSamplePass:
@@ -79,13 +59,13 @@ class PerSamplePass:
         model: In eval mode; its parameters, buffers and flags are not touched.
         inputs: One batch, samples along the first dimension.
         parameters: Names of the parameters to differentiate; all when None.
-        routes: From an earlier pass over the same model, which spares finding out again what needs the slow
-            route.
+        routes: Of the same model: filled with what this pass finds out, and trusted where they are settled.
 
     Attributes:
         outputs: Shape (n, …), attached to the graph.
         routes: To hand to the next pass; `routes.slow` names the parameters on the slow route.
         uses: The calls of layers with a rule, in order.
+        patches: Gives what their convolutions see.
 
     Raises:
         ValueError: If the model is in training mode, or has no parameter of a name.
@@ -112,13 +92,14 @@ class PerSamplePass:
         self._caller, self._inputs = _Caller(model), inputs
         # cuDNN's recurrent layers have no backward pass in eval mode
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        self._n = _count(inputs)
+        self._n = n_samples(inputs)
         self.uses: list[LayerUse] = []
-        self._patches = 0
+        self.patches = Patches()
         self._loop: Loop | None = None
         self.routes = routes if routes is not None else Routes()
         self.outputs = self._forward()
-        if not self.routes.verified:
+        self.routes.entries = max(self.routes.entries, self.outputs.numel() // max(1, self._n))
+        if not self.routes.settled:
             self._verify()
 
     def pull(self, cotangent: Tensor) -> dict[str, Factor]:
@@ -130,33 +111,38 @@ class PerSamplePass:
         Returns:
             A factor for n samples per parameter name. Cost: one backward pass, and more on the slow route.
         """
-        found = self._fast(cotangent)
-        slow = [name for name in self._leaves if name in self.routes.slow]
+        found, silent = self._fast(cotangent)
+        slow = [name for name in self._leaves if name in self.routes.slow | silent]
         if slow:
             found |= self._slow(slow, cotangent)
-        return {name: found[name] for name in self._leaves}
+        return {
+            name: found[name] if name in found else nothing(self._n, leaf)
+            for name, leaf in self._leaves.items()
+        }
 
     def deltas(self, cotangent: Tensor, uses: Sequence[LayerUse]) -> tuple[Tensor | None, ...]:
         """Gradients of Σ_i c_i·f_i at the outputs of layers; None where the outputs do not depend on them."""
-        return torch.autograd.grad(
-            self.outputs,
-            [use.edge for use in uses],
-            cotangent.to(self.outputs),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        with self._cudnn():
+            return torch.autograd.grad(
+                self.outputs,
+                [use.edge for use in uses],
+                cotangent.to(self.outputs),
+                retain_graph=True,
+                allow_unused=True,
+            )
 
     def gradient(self, cotangent: Tensor) -> dict[str, Tensor]:
         """Gradient of Σ_i c_i·f_i, summed over samples: one backward pass, whatever the layers."""
         if not self.outputs.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
-        parts = torch.autograd.grad(
-            self.outputs,
-            list(self._leaves.values()),
-            cotangent.to(self.outputs),
-            retain_graph=True,
-            materialize_grads=True,
-        )
+        with self._cudnn():
+            parts = torch.autograd.grad(
+                self.outputs,
+                list(self._leaves.values()),
+                cotangent.to(self.outputs),
+                retain_graph=True,
+                materialize_grads=True,
+            )
         return dict(zip(self._leaves, parts, strict=True))
 
     def _forward(self) -> Tensor:
@@ -198,45 +184,31 @@ class PerSamplePass:
 
     def _call(self, leaves: dict[str, Tensor], inputs: Any) -> Tensor:
         values = {f"model.{name}": value for name, value in {**self._fixed, **leaves}.items()}
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not self._recurrent):
+        with self._cudnn():
             outputs: Tensor = torch.func.functional_call(self._caller, values, (inputs,))
         return outputs
 
-    def _fast(self, cotangent: Tensor) -> dict[str, Factor]:
-        """By the layers' rules; a parameter no rule speaks of gets zeros, which `_verify` finds out."""
+    def _cudnn(self) -> Any:
+        """Without TF32, whose rounding would pass for a wrong rule."""
+        enabled = torch.backends.cudnn.enabled and not self._recurrent
+        return torch.backends.cudnn.flags(enabled=enabled, deterministic=True, allow_tf32=False)
+
+    def _fast(self, cotangent: Tensor) -> tuple[dict[str, Factor], set[str]]:
+        """By the layers' rules, and the parameters that a layer has and its rule is silent of."""
         parts: dict[str, list[Factor]] = {}
+        silent: set[str] = set()
         wanted = [use for use in self.uses if not set(use.names.values()) <= self.routes.slow]
         if wanted:
             for use, delta in zip(wanted, self.deltas(cotangent, wanted), strict=True):
-                if delta is not None:
-                    for local, factor in self._factors(use, delta).items():
-                        if local in use.names:
-                            parts.setdefault(use.names[local], []).append(factor)
-        return {
-            name: total(parts[name]) if name in parts else nothing(self._n, leaf)
-            for name, leaf in self._leaves.items()
-        }
-
-    def _factors(self, use: LayerUse, delta: Tensor) -> dict[str, Factor]:
-        module, inputs, delta = use.module, use.inputs, delta.detach()
-        if inputs.shape[0] != self._n or delta.shape[0] != self._n:
-            if not by_position(module) or inputs.shape[0] % self._n or delta.shape[0] % self._n:
-                return {}
-            inputs, delta = (t.reshape(self._n, -1, *t.shape[1:]) for t in (inputs, delta))
-        if isinstance(module, CONVOLUTIONS):
-            return convolution(module, self.seen(use), delta)
-        rule = rule_for(module)
-        return rule(module, inputs, delta) if rule is not None else {}
-
-    def seen(self, use: LayerUse) -> Tensor:
-        """A convolution's patches, shape (n, positions, entries); kept for the next time if memory allows."""
-        if use.seen is not None:
-            return use.seen
-        seen = patches(use.module, use.inputs)
-        if self._patches + seen.nbytes <= KEPT_PATCHES:
-            self._patches += seen.nbytes
-            use.seen = seen
-        return seen
+                if delta is None:
+                    continue
+                factors = use.factors(delta.detach(), self._n, self.patches)
+                for local, name in use.names.items():
+                    if local in factors:
+                        parts.setdefault(name, []).append(factors[local])
+                    else:
+                        silent.add(name)
+        return {name: total(found) for name, found in parts.items()}, silent
 
     def _slow(self, names: Sequence[str], cotangent: Tensor) -> dict[str, Factor]:
         cotangent = cotangent.detach().to(self.outputs)
@@ -260,22 +232,72 @@ class PerSamplePass:
         cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.outputs)
         weights = torch.randn(self._n, generator=generator, dtype=torch.float64).to(self.outputs)
         truth = self.gradient(cotangent * weights.reshape(-1, *[1] * (len(shape) - 1)))
-        found = self._fast(cotangent)
-        wrong = [name for name in self._leaves if not _agree(found[name], weights, truth[name])]
-        self.routes.slow |= set(wrong)
+        sizes = [_norm(part) for part in truth.values()]
+        whole = math.hypot(*(size for size in sizes if math.isfinite(size)))
+        found, silent = self._fast(cotangent)
+        for name, part in truth.items():
+            if name in found and name not in silent:
+                right = _agree(found[name], weights, part, whole, torch.finfo(part.dtype).eps)
+            else:  # without a rule no gradient but zero is right, however small it is
+                right = not bool(part.any())
+            if not right:
+                self.routes.slow.add(name)
+        asked = [name for name in self._leaves if name in self.routes.slow - self.routes.compared]
+        if asked:
+            self._compare(asked, cotangent, weights, truth, whole)
+
+    def _compare(
+        self, names: list[str], cotangent: Tensor, weights: Tensor, truth: dict[str, Tensor], whole: float
+    ) -> None:
+        """Compare Σ_i w_i g_i on the slow route, which must be right."""
+        # parts of many language models compute in float32 also where the weights are float64
+        eps = max(torch.finfo(weights.dtype).eps, torch.finfo(torch.float32).eps)
+
+        def mixed() -> list[str]:
+            slow = self._slow(names, cotangent)
+            return [name for name in names if not _agree(slow[name], weights, truth[name], whole, eps)]
+
+        wrong = mixed()
+        if wrong and self.routes.vectorised:
+            self.routes.vectorised = False
+            wrong = mixed()
         if wrong:
-            slow = self._slow(wrong, cotangent)
-            if self.routes.vectorised and not all(_agree(slow[n], weights, truth[n]) for n in wrong):
-                self.routes.vectorised = False
-                slow = self._slow(wrong, cotangent)
-            mixed = [name for name in wrong if not _agree(slow[name], weights, truth[name])]
-            if mixed:
-                raise SamplesMixed(
-                    f"the gradients of single samples do not add up to the batch's for {mixed[0]!r}: the "
-                    "outputs of one sample depend on the others (batch statistics, or samples not along the "
-                    "first dimension)."
-                )
-        self.routes.verified = self._n > 1
+            raise SamplesMixed(
+                f"the gradients of single samples do not add up to the batch's for {wrong[0]!r}: the "
+                "outputs of one sample depend on the others (batch statistics, or samples not along the "
+                "first dimension)."
+            )
+        if self._n > 1:
+            self.routes.compared |= set(names)
+
+
+def settle(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    *,
+    parameters: Sequence[str] | None = None,
+    routes: Routes | None = None,
+) -> Routes:
+    """Compare the layers' rules with autograd on every batch, for what follows to trust the routes.
+
+    Cost: a forward pass, a gradient and one more backward pass with the rules. Routes that are settled are
+    returned as they are.
+
+    Args:
+        model: In eval mode.
+        batches: Pairs (inputs, targets), re-iterable.
+        parameters: Names; all when None.
+        routes: Filled with what is found out.
+
+    Raises:
+        SamplesMixed: If samples influence each other.
+    """
+    routes = routes if routes is not None else Routes()
+    if not routes.settled:
+        for inputs, _ in batches:
+            PerSamplePass(model, inputs, parameters=parameters, routes=routes)
+        routes.settled = True
+    return routes
 
 
 def loss_gradients(
@@ -293,7 +315,7 @@ def loss_gradients(
         batches: Pairs (inputs, targets).
         loss: Gives `per_sample(outputs, targets)`.
         parameters: Names; all when None.
-        routes: Filled with what the first pass finds out.
+        routes: Trusted where they are settled; if not, each batch is compared with autograd.
 
     Yields:
         Per batch a factor per parameter name, and the losses, shape (n,), float64.
@@ -320,22 +342,20 @@ def loss_cotangent(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
     return losses.detach().double(), cotangent
 
 
-def _agree(factor: Factor, weights: Tensor, truth: Tensor) -> bool:
-    """To half the digits of the dtype, relative to the size of the terms of the sum."""
-    if not bool(torch.isfinite(truth).all()):
+def _agree(factor: Factor, weights: Tensor, truth: Tensor, whole: float, eps: float) -> bool:
+    """To half the digits, relative to the size of the terms of the sum; or to the rounding of the whole.
+
+    Nothing but rounding is the gradient of the bias of an attention's keys, or of one before a normalisation.
+    """
+    size = _norm(truth)
+    if not math.isfinite(size):
         return True  # nothing to compare with: the numbers speak for themselves
-    difference = torch.linalg.vector_norm(factor.combine(weights) - truth.double())
+    difference = _norm(factor.combine(weights) - truth)
+    if difference <= max(eps**0.5 * size, min(ROUNDING * eps, eps**0.5) * whole):
+        return True
     terms = (factor.squared_norm() * weights.double().square()).sum().sqrt()
-    scale = torch.maximum(terms, torch.linalg.vector_norm(truth.double()))
-    return bool(difference <= torch.finfo(truth.dtype).eps ** 0.5 * scale)
+    return difference <= eps**0.5 * float(terms)
 
 
-def _count(inputs: Any) -> int:
-    sizes: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.append(len(tensor) if tensor.dim() else 1)
-        return tensor
-
-    map_tensors(note, inputs)
-    return sizes[0] if sizes else 1
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

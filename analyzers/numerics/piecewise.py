@@ -8,6 +8,7 @@ softmax cross-entropy is that of the Fisher information.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,12 @@ _LINEAR = frozenset(
     (
         *("Relu", "LeakyRelu", "Rrelu", "Hardtanh", "Threshold", "Clamp", "ClampMin", "ClampMax", "Abs"),
         *("Maximum", "Minimum", "Max", "Min", "Amax", "Amin", "Where", "MaskedFill", "Sort", "Topk"),
+        *("Kthvalue", "Median", "Hardshrink", "Softshrink", "Tril", "Triu"),
         *("MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"),
         *("AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MkldnnAdaptiveAvgPool2D"),
         *("UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D"),
+        *("UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
+        *("UpsampleBilinear2DAa", "UpsampleBicubic2DAa"),
         *("UpsampleLinear1D", "UpsampleBicubic2D", "UpsampleTrilinear3D", "PixelShuffle", "PixelUnshuffle"),
         *("Add", "Sub", "Rsub", "Neg", "Sum", "Mean", "Cat", "Stack", "Cumsum", "ReduceMean"),
         *("View", "UnsafeView", "ReshapeAlias", "Alias", "Permute", "Transpose", "T", "MT", "Squeeze"),
@@ -31,12 +35,13 @@ _LINEAR = frozenset(
         *("Index", "IndexSelect", "Gather", "Flip", "Roll", "Repeat", "Diagonal", "AsStrided", "Unfold"),
         *("Im2Col", "Col2Im", "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D"),
         *("ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D", "Clone", "ToCopy", "Contiguous"),
-        *("Embedding", "Copy", "SelectScatter", "SliceScatter"),
+        *("Embedding", "Copy", "SelectScatter", "SliceScatter", "Scatter", "ScatterAdd"),
+        *("IndexAdd", "IndexCopy", "IndexPut", "MaskedSelect", "MaskedScatter"),
     )
 )
 """Operations that are (piecewise) linear in all their arguments taken together."""
 
-_PRODUCTS = {
+_PRODUCTS: dict[str, tuple[int | tuple[int, ...], ...]] = {
     "Mul": (0, 1),
     "Mm": (0, 1),
     "Bmm": (0, 1),
@@ -55,8 +60,10 @@ _PRODUCTS = {
     "NativeBatchNorm": (0, 1),
     "CudnnBatchNorm": (0, 1),
     "MiopenBatchNorm": (0, 1),
+    "Trilinear": (0, 1, 2),
+    "Lerp": ((0, 1), 2),
 }
-"""Operations linear in each of two arguments, and in any other one: which the two are."""
+"""Operations linear in each of two or three factors, and in any other argument: which the factors are."""
 
 _DIVISIONS = frozenset(("Div",))
 
@@ -131,13 +138,15 @@ def _objection(node: Any, arguments: list[frozenset[str]]) -> str:
     if not moved:
         return ""
     name = _operation(node)
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return f"{name} is a custom function, whatever it is called"
     if name in _LINEAR:
         return ""
     if name in _PRODUCTS:
         if getattr(node, "_saved_training", False):
             return f"{name} with batch statistics"
-        one, other = (arguments[i] if i < len(arguments) else frozenset[str]() for i in _PRODUCTS[name])
-        both = sorted(one & other)
+        factors = [_union(arguments, place) for place in _PRODUCTS[name]]
+        both = sorted(frozenset[str]().union(*(a & b for a, b in itertools.combinations(factors, 2))))
         return f"{both[0]} is in both factors of one product ({name})" if both else ""
     if name in _DIVISIONS:
         below = arguments[1] if len(arguments) > 1 else frozenset[str]()
@@ -145,6 +154,12 @@ def _objection(node: Any, arguments: list[frozenset[str]]) -> str:
     if name in ("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm") and not arguments[0]:
         return ""  # linear in its scale and shift
     return f"{name} is not known to be piecewise linear"
+
+
+def _union(arguments: list[frozenset[str]], place: int | tuple[int, ...]) -> frozenset[str]:
+    """The parameters in one or several of the arguments; an optional one may be missing."""
+    places = (place,) if isinstance(place, int) else place
+    return frozenset[str]().union(*(arguments[i] for i in places if i < len(arguments)))
 
 
 def _operation(node: Any) -> str:

@@ -1,8 +1,8 @@
-"""Gradients of single samples for any model: vectorised by `vmap` where it can follow, else in a loop."""
+"""Gradients of single samples for any model, by `vmap` or in a loop; batches cut into groups of samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from dynprobe.analyzers.numerics.evaluate import map_tensors
 
 Call = Callable[[dict[str, Tensor], Any], Tensor]
 """`(parameters by name, inputs) -> outputs`, samples along dim 0."""
+
+Batch = tuple[Any, Tensor]
+"""Inputs and targets."""
 
 
 def vectorised(
@@ -77,19 +80,78 @@ class Loop:
         return {name: torch.stack(part) for name, part in zip(names, zip(*rows, strict=True), strict=True)}
 
 
+def grouped(batches: Iterable[Batch], size: int, *, across: bool = False) -> Iterator[Batch]:
+    """The same samples in the same order, in groups of at most `size`.
+
+    Args:
+        batches: Pairs (inputs, targets).
+        size: Samples in a group.
+        across: Fill groups up beyond the end of a batch, so that they do not depend on how the data are split
+            (unless the shapes of the samples differ between batches: then a group ends with its batch).
+    """
+    held: Batch | None = None
+    for batch in batches:
+        both = None if held is None else _joined(held, batch)
+        if held is not None and both is None:
+            yield held
+        inputs, targets = both or batch
+        n, held = len(targets), None
+        for first in range(0, n, size):
+            rows = slice(first, first + size)
+            part = (_rows(inputs, n, rows), targets[rows]) if n > size else (inputs, targets)
+            if across and first + size > n:
+                held = part
+            else:
+                yield part
+    if held is not None:
+        yield held
+
+
+def n_samples(inputs: Any) -> int:
+    """Length of the first of the tensors; 1 without any."""
+    return next((len(tensor) if tensor.dim() else 1 for tensor in _tensors(inputs)), 1)
+
+
+def _rows(inputs: Any, n: int, rows: slice) -> Any:
+    """These samples' rows of every tensor that has one for each sample."""
+    return map_tensors(lambda t: t[rows] if t.dim() and len(t) == n else t, inputs)
+
+
+def _joined(one: Batch, other: Batch) -> Batch | None:
+    """Two batches as one; None where they do not fit together."""
+    sizes = len(one[1]), len(other[1])
+    first, second = [*_tensors(one[0]), one[1]], [*_tensors(other[0]), other[1]]
+    if len(first) != len(second):
+        return None
+    parts = []
+    for a, b in zip(first, second, strict=True):
+        if [bool(t.dim() and len(t) == n) for t, n in zip((a, b), sizes, strict=True)] == [True, True]:
+            if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+                return None
+            parts.append(torch.cat([a, b]))
+        elif not torch.equal(a, b):
+            return None
+    return _split(one[0], sizes[0])[1](parts[:-1]), parts[-1]
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, inputs)
+    return found
+
+
 def _split(inputs: Any, n: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The tensors that have samples along their first dimension, and how to put others in their place."""
-    batched: list[Tensor] = []
 
     def has_samples(tensor: Tensor) -> bool:
         return tensor.dim() > 0 and len(tensor) == n
 
-    def note(tensor: Tensor) -> Tensor:
-        if has_samples(tensor):
-            batched.append(tensor)
-        return tensor
-
-    map_tensors(note, inputs)
+    batched = [tensor for tensor in _tensors(inputs) if has_samples(tensor)]
 
     def rebuild(parts: list[Tensor]) -> Any:
         left = iter(parts)

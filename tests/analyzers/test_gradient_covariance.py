@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from dynprobe.analyzers import OptionError
+from dynprobe.analyzers import OptionError, _curvature
 from dynprobe.analyzers._gradient_covariance import loss_change, minimum_distance, training_of
 from dynprobe.analyzers._gradient_covariance_figure import draw_gradient_covariance
 from dynprobe.analyzers.core.contract import declaration_of, labelled
@@ -19,7 +21,8 @@ from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, mea
 from dynprobe.analyzers.core.result import FAILED, Piece, stack
 from dynprobe.analyzers.core.workspace import Run, Setup
 from dynprobe.analyzers.gradient_covariance import gradient_covariance
-from dynprobe.analyzers.numerics.losses import get_loss
+from dynprobe.analyzers.numerics import covariance_routes
+from dynprobe.analyzers.numerics.losses import Loss, get_loss
 from dynprobe.cli.outcome import summarised
 
 MSE, CROSS_ENTROPY = get_loss("mse"), get_loss("cross_entropy")
@@ -47,6 +50,17 @@ def classifier(*, width=7, dtype=torch.float64, norm=False):
     middle = [nn.BatchNorm1d(width)] if norm else []
     model = nn.Sequential(nn.Linear(5, width), *middle, nn.Tanh(), nn.Linear(width, 3))
     return model.to(dtype).eval(), x, y
+
+
+ROUTES = ("gram", "lanczos")
+
+
+def by_route(route, *arguments, **options):
+    """Measured by inner products, or by Lanczos as if the gradients did not fit in memory."""
+    if route == "gram":
+        return gradient_covariance(*arguments, **options)
+    with patch.object(covariance_routes, "_stored", return_value=None):
+        return gradient_covariance(*arguments, **options)
 
 
 def measured(**options):
@@ -103,22 +117,22 @@ def test_alignment_is_one_where_gradients_and_curvature_have_one_direction():
     direction = torch.tensor([[3.0, 0.0, -4.0]], dtype=torch.float64) / 5
     model = nn.Linear(3, 1, bias=False).double().eval()
     data = batches(scale * direction, torch.sin(7 * scale))
-    for memory in (4.0, 0.0):
-        found = gradient_covariance(model, data, MSE, minibatch=0, top_k=1, hessian_top_k=1, memory=memory)
+    for route in ROUTES:
+        found = by_route(route, model, data, MSE, minibatch=0, top_k=1, hessian_top_k=1)
         assert found["alignment"] == pytest.approx(1, abs=1e-9)
         assert "hessian_ratio" not in found
 
 
-@pytest.mark.parametrize("memory", [4.0, 0.0])
-def test_ragged_batches_and_one_batch_give_the_same_numbers(memory):
+@pytest.mark.parametrize("route", ROUTES)
+def test_ragged_batches_and_one_batch_give_the_same_numbers(route):
     model, x, y = classifier()
-    options = {"minibatch": 4, "top_k": 2, "training": SGD, "memory": memory, "tol": 1e-10}
+    options = {"minibatch": 4, "top_k": 2, "training": SGD, "tol": 1e-10}
     whole, ragged = (
-        gradient_covariance(model, batches(x, y, sizes), CROSS_ENTROPY, **options)
+        by_route(route, model, batches(x, y, sizes), CROSS_ENTROPY, **options)
         for sizes in ([33], [1, 20, 12])
     )
-    assert whole["route"] == ("gram" if memory else "lanczos")
-    assert ("eigenvalue_residual" in whole) == (memory == 0)
+    assert whole["route"] == route
+    assert ("eigenvalue_residual" in whole) == (route == "lanczos")
     for name in whole.keys() - {"route", "hessian_residual", "eigenvalue_residual", "stability_stderr"}:
         np.testing.assert_allclose(whole[name], ragged[name], rtol=1e-6, err_msg=name)
 
@@ -126,10 +140,7 @@ def test_ragged_batches_and_one_batch_give_the_same_numbers(memory):
 def test_both_routes_agree():
     model, x, y = classifier()
     options = {"minibatch": 4, "top_k": 5, "training": SGD, "tol": 1e-10}
-    gram, lanczos = (
-        gradient_covariance(model, batches(x, y), CROSS_ENTROPY, memory=memory, **options)
-        for memory in (4, 0)
-    )
+    gram, lanczos = (by_route(route, model, batches(x, y), CROSS_ENTROPY, **options) for route in ROUTES)
     for name in ("eigenvalue", "trace", "trace_ratio", "minibatch_ratio", "alignment", "top_gradient_share"):
         np.testing.assert_allclose(gram[name], lanczos[name], rtol=1e-5, err_msg=name)
 
@@ -154,13 +165,13 @@ class Attentive(nn.Module):
 
 
 @pytest.mark.parametrize("network", [Recurrent, Attentive])
-@pytest.mark.parametrize("memory", [4.0, 0.0])
-def test_recurrent_nets_and_attention_have_the_dense_spectrum(network, memory):
+@pytest.mark.parametrize("route", ROUTES)
+def test_recurrent_nets_and_attention_have_the_dense_spectrum(network, route):
     torch.manual_seed(0)
     model = network().double().eval()
     x, y = torch.randn(14, 3, 4, dtype=torch.float64), torch.randint(3, (14,))
-    options = {"minibatch": 4, "top_k": 2, "training": SGD, "memory": memory}
-    found = gradient_covariance(model, batches(x, y, 8), CROSS_ENTROPY, **options)
+    options = {"minibatch": 4, "top_k": 2, "training": SGD}
+    found = by_route(route, model, batches(x, y, 8), CROSS_ENTROPY, **options)
     rows = []
     for i in range(14):
         value = CROSS_ENTROPY(model(x[i : i + 1]), y[i : i + 1])
@@ -281,17 +292,14 @@ def test_two_equal_leading_eigenvalues_are_said():
 
 
 def test_an_eigenvalue_that_misses_its_tolerance_is_not_converged(monkeypatch):
-    import dynprobe.analyzers.gradient_covariance as module
-
     def short(*given, **options):
-        pairs = module_lanczos(*given, **options)
-        return SimpleNamespace(**{**vars(pairs), "error_bound": np.array([0.0, 1.0])})
+        return dataclasses.replace(lanczos(*given, **options), error_bound=np.array([0.0, 1.0]))
 
-    module_lanczos = module.lanczos
-    monkeypatch.setattr(module, "lanczos", short)
+    lanczos = _curvature.lanczos
+    monkeypatch.setattr(_curvature, "lanczos", short)
     found = measured()
     assert not found.converged
-    assert "Hessian eigenvalues missed the tolerance 1e-05" in found.reason
+    assert "Hessian eigenvalues missed the tolerance 0.0001" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -310,6 +318,83 @@ def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(OptionError, match=message) as caught:
         measured(**options)
     assert caught.value.tip
+
+
+def test_gradients_that_vanish_at_a_perfect_fit_are_one_note_and_no_failure():
+    model, x, _ = regression()
+    for route in ROUTES:
+        data = batches(x, model(x).detach())
+        found = by_route(route, model, data, MSE, minibatch=5, training=SGD)
+        assert found["eigenvalue"][0] == found["trace"] == 0
+        missing = ("trace_ratio", "alignment", "noise_scale", "minibatch_ratio", "top_gradient_share")
+        assert all(math.isnan(found[name]) for name in missing)
+        assert found["hessian_eigenvalue"] > 0
+        notes = [note for note in found.notes if "rank at most" not in note]
+        assert notes == [
+            "all gradients are equal but for rounding: K is zero, and its ratios and directions NaN"
+        ]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_whose_squares_underflow_in_float32_have_no_ratios(route):
+    model, x, y = classifier(dtype=torch.float32)
+    tiny = Loss("tiny", lambda o, t: 1e-25 * CROSS_ENTROPY.per_sample(o, t), CROSS_ENTROPY.accuracy)
+    found = by_route(route, model, batches(x, y), tiny, minibatch=4, training=SGD)
+    assert all(math.isnan(found[name]) for name in ("trace_ratio", "alignment", "noise_scale"))
+    assert any("K is zero" in note for note in found.notes)
+
+
+def test_two_samples_have_numbers_without_standard_errors_and_a_note():
+    model, x, y = classifier()
+    found = gradient_covariance(model, [(x[:2], y[:2])], CROSS_ENTROPY, minibatch=0, training=SGD)
+    assert found["eigenvalue"][0] == pytest.approx(found["trace"])
+    assert np.isnan(found["eigenvalue_stderr"]).all()
+    assert math.isnan(found["trace_stderr"])
+    assert math.isnan(found["noise_scale"])
+    assert any("they need three samples" in note for note in found.notes)
+
+
+def test_where_a_schedule_ends_at_zero_stability_is_nan_and_no_break_even_point():
+    cosine = {**SGD, "schedule": "cosine", "steps": 9}
+    pieces = pieces_of(training_run(training=cosine))
+    assert float(pieces[-1].arrays["learning_rate"].values) == 0
+    assert math.isnan(float(pieces[-1].arrays["stability"].values))
+    assert float(pieces[-1].arrays["critical_learning_rate"].values) > 0
+    assert "stability is NaN where the learning rate is 0: nothing moves" in pieces[-1].notes
+    result = stack("gradient-covariance", "checkpoint", pieces, {})
+    assert float(summarised(DECLARATION, result)["break_even_state"]) == 0
+    figure = Figure()
+    draw_gradient_covariance(result, figure)
+    figure.canvas.draw()
+
+
+def test_the_standard_error_of_stability_covers_what_the_default_tolerance_leaves():
+    assert {option.name: option.default for option in DECLARATION.options}["tol"] == 1e-4
+    model, x, y = classifier(dtype=torch.float32)
+    for size in (1, 4, 33):
+        options = {"training": {"learning_rate": 1.5, "batch_size": size}, "minibatch": 0}
+        found = gradient_covariance(model, batches(x, y), CROSS_ENTROPY, **options)
+        assert found.converged, found.reason
+        data = batches(x.double(), y)
+        exact = gradient_covariance(model.double(), data, CROSS_ENTROPY, tol=1e-12, **options)
+        model.float()
+        for name in ("stability", "critical_learning_rate"):
+            assert 0 < abs(found[name] - exact[name]) < found[f"{name}_stderr"] < 0.02 * found[name]
+
+
+@pytest.mark.parametrize(
+    ("memory", "message", "tip"),
+    [
+        (1e-6, "eigenvectors of 66 parameters", "or a smaller --hessian-top-k"),
+        (2e-5, "the 28 vectors that the eigenvalues of their covariance need", "Give --memory 0.001 or more"),
+    ],
+)
+def test_too_little_memory_is_refused_with_what_would_do(memory, message, tip):
+    model, x, y = classifier()
+    with pytest.raises(OptionError) as caught:
+        gradient_covariance(model, batches(x, y), CROSS_ENTROPY, minibatch=0, memory=memory)
+    assert message in caught.value.message
+    assert tip in caught.value.tip
 
 
 def test_a_single_sample_is_refused():
@@ -470,6 +555,19 @@ def test_the_figure_draws_whatever_is_there(pieces):
     draw_gradient_covariance(result_of(pieces()), figure)
     figure.canvas.draw()
     assert len(figure.axes) == 4
+
+
+def test_a_single_checkpoint_has_error_bars_and_a_dash_at_two_over_eta():
+    figure = Figure()
+    draw_gradient_covariance(result_of(planted([0.5]) + planted([0.7], "other")), figure)
+    covariance, hessian, ratio, stability = figure.axes
+    for panel in (covariance, ratio, stability):
+        assert len(panel.containers) == 2
+        assert all(bar.has_yerr for bar in panel.containers)
+    dashes = [line for line in hessian.lines if line.get_marker() == "_"]
+    assert [float(line.get_ydata()[0]) for line in dashes] == pytest.approx([2 / 0.05] * 2)
+    low, high = hessian.get_ylim()
+    assert low < 2 / 0.05 < high
 
 
 def test_the_trace_of_the_hessian_stands_beside_its_largest_eigenvalue_when_asked_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._masking import CHECKS, Probe, is_stronger
 from dynprobe.analyzers._robustness import Outcome, half_radius
 from dynprobe.analyzers._robustness_figure import draw_robustness
-from dynprobe.analyzers.core.contract import declaration_of
-from dynprobe.analyzers.core.result import Array, Result
+from dynprobe.analyzers.core.contract import declaration_of, labelled
+from dynprobe.analyzers.core.result import Array, Piece, Result, stack
 from dynprobe.analyzers.numerics.losses import get_loss
 from dynprobe.analyzers.robustness import robustness
+from dynprobe.cli.figure import figure_of
+from dynprobe.cli.style import paper
 
 CE, BCE, MSE = get_loss("cross_entropy"), get_loss("bce_with_logits"), get_loss("mse")
 FREE = {"clip": "none", "curvature": False}
@@ -444,3 +447,73 @@ def test_inputs_that_cannot_be_perturbed_are_refused_with_the_reason():
     constant = [(torch.ones(6, 4), targets)]
     with pytest.raises(OptionError, match="no ε can be chosen"):
         robustness(nn.Linear(4, 3), constant, CE, curvature=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "no ε can be chosen"), ({"clip": "2:3"}, "clip 2:3 does not hold the inputs")],
+)
+def test_what_is_refused_is_refused_before_the_curvature_is_computed(monkeypatch, options, message):
+    def never(*given):
+        raise AssertionError("computed before the options were checked")
+
+    monkeypatch.setattr(sys.modules[robustness.__module__], "largest_eigenvalue", never)
+    with pytest.raises(OptionError, match=message):
+        robustness(nn.Linear(4, 3), [(torch.ones(6, 4), torch.arange(6) % 3)], CE, **options)
+
+
+CONSTANT = {"epsilons": "0.1,0.2", "epsilons_l2": "0.1", "curvature": False, "pgd_steps": 3}
+
+
+@pytest.mark.parametrize("clip", ["none", "auto"])
+def test_constant_inputs_with_sizes_of_their_own_have_no_unbounded_check(clip):
+    model, data = linear(4, 3), [(torch.ones(6, 4).double(), torch.arange(6) % 3)]
+    found = robustness(model, data, CE, clip=clip, **CONSTANT)
+    assert np.isnan(found["unbounded_accuracy"]).all()
+    assert np.isfinite(found["longer_accuracy"][[1, 2]]).all()
+    checks = dict(zip(found["check"], found["check_passed"], strict=True))
+    assert math.isnan(checks["unbounded-breaks"])
+    assert any("unbounded-breaks does not apply: the inputs are all one number" in n for n in found.notes)
+
+
+def test_the_whole_range_of_constant_inputs_is_the_one_they_are_clipped_to():
+    model, data = linear(4, 3), [(torch.ones(6, 4).double(), torch.arange(6) % 3)]
+    found = robustness(model, data, CE, clip="0:1", **CONSTANT)
+    assert np.isfinite(found["unbounded_accuracy"][[1, 2]]).all()
+
+
+def test_a_sample_whose_target_is_ignored_is_said_and_drawn_without_its_mean():
+    inputs, targets = blobs(12)
+    targets[3] = -100
+    found = robustness(linear(6, 3), [(inputs, targets)], CE, attacks="fgsm", epsilons="0.1", **FREE)
+    assert math.isnan(found["clean_loss"])
+    assert math.isnan(found["clean_accuracy"])
+    assert any("1 of 12 samples have no loss (NaN)" in note for note in found.notes)
+    draw_robustness(several({"run": found}, steps=(0, 1)), Figure())
+
+
+def several(found_of, steps=(7,)):
+    """One result of several runs."""
+    declaration = declaration_of(robustness)
+    pieces = [
+        Piece(
+            f"{run}{step}", {"run": run, "step": step, "path": f"{run}/{step}"}, labelled(declaration, found)
+        )
+        for run, found in found_of.items()
+        for step in steps
+    ]
+    return stack("robustness", "checkpoint", pieces, {})
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_legend_of_one_panel_lies_within_the_figure_however_many_runs(count):
+    model, data = trained()
+    found = robustness(model, data, CE, attacks="fgsm,pgd-linf", epsilons="0.1", **FREE)
+    names = ["large_lr_small_batch", "small_lr_large_batch", "bn_cnn_shuffled", "bn_cnn_seed0", "mlp_digits"]
+    figure = figure_of(several(dict.fromkeys(names[:count], found)), declaration_of(robustness))
+    with paper():
+        figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height

@@ -146,8 +146,39 @@ def test_a_run_that_may_have_crossed_says_from_where():
     assert math.isnan(found.high)
 
 
-def test_exactly_one_counts_as_reached():
-    assert break_even_step([0, 1], [0.5, 1.0], [0, 0]).step == pytest.approx(1)
+def test_a_stability_of_one_but_for_rounding_is_not_reached():
+    for value in (1.0, 1 + 4e-16):  # a vanishing curvature, η at the end of a schedule
+        found = break_even_step([0, 1, 2], [0.5, value, 0.9], [0, 0, 0])
+        assert found.state == "never"
+        assert all(math.isnan(v) for v in (found.step, found.low, found.high))
+    flat = break_even_step([0, 10, 20], [1.0, 1.0, math.e], [0, 0, 0])
+    assert (flat.state, flat.step, flat.low, flat.high) == ("reached", 10, 10, 20)
+
+
+def test_a_stability_above_one_by_less_than_its_error_is_not_reached():
+    found = break_even_step(STEPS, [0.5, 0.9, 1.1, 0.9, 0.8], [0.01, 0.01, 0.2, 0.01, 0.01])
+    assert found.state == "never"
+    assert found.low == 10
+    later = break_even_step(STEPS, [0.5, 0.9, 1.1, 0.5, 2.0], [0.01, 0.01, 0.2, 0.01, 0.01])
+    assert later.state == "reached"
+    assert later.step == pytest.approx(60)  # the crossing that leads to the certain one
+    assert (later.low, later.high) == (10, 80)
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves_and_stability_is_nan():
+    found = stable(learning_rate=0.0, batch_size=2, n_training=N)
+    assert math.isnan(found.value)
+    assert math.isnan(found.stderr)
+    assert found.critical_learning_rate == stable(batch_size=2, n_training=N).critical_learning_rate
+
+
+def test_the_error_of_the_spread_moves_the_stability_where_that_of_the_eigenvalue_does_not():
+    eigenvalue = float(CURVATURE.mean())
+    given = {"learning_rate": 1 / eigenvalue, "batch_size": 2, "n_training": N}  # the slope in λ is zero
+    assert sgd_stability(CURVATURE, eigenvalue=eigenvalue, error=0.1, **given).stderr == pytest.approx(0)
+    found = sgd_stability(CURVATURE, eigenvalue=eigenvalue, variance_error=0.01, **given)
+    assert found.stderr == pytest.approx(0.01 * found.value, rel=1e-9)  # all of it is s²
+    assert found.critical_learning_rate_stderr > 0
 
 
 def test_checkpoints_without_a_number_are_left_out_and_order_does_not_matter():

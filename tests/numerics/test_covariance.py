@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from dynprobe.analyzers.numerics import covariance as module
+from dynprobe.analyzers.numerics import covariance_routes as routes
 from dynprobe.analyzers.numerics.covariance import (
     centred,
     from_gram,
@@ -17,11 +19,11 @@ from dynprobe.analyzers.numerics.covariance import (
     minibatch_spectrum,
     partition,
 )
-from dynprobe.analyzers.numerics.covariance_routes import gradient_covariance
+from dynprobe.analyzers.numerics.covariance_routes import TooLittleMemory, gradient_covariance
 from dynprobe.analyzers.numerics.losses import get_loss
 
 MSE, CROSS_ENTROPY = get_loss("mse"), get_loss("cross_entropy")
-ROUTES = {"gram": 4e9, "lanczos": 0.0}  # bytes of memory
+ROUTES = ("gram", "lanczos")
 
 
 def regression(n=40, d=6, seed=0):
@@ -61,10 +63,14 @@ def dense(gradients):
     return value[::-1], vector[:, ::-1]
 
 
-def measured(model, data, loss, *, route="gram", k=4, minibatch=5, minibatches=25, seed=0):
+def measured(model, data, loss, *, route="gram", k=4, minibatch=5, minibatches=25, seed=0, memory=4e9):
     n = sum(len(y) for _, y in data)
     groups = partition(n, minibatch=minibatch, minibatches=minibatches, seed=seed)
-    return gradient_covariance(model, data, loss, groups, k=k, memory=ROUTES[route], tol=1e-10)
+    options = {"k": k, "memory": memory, "tol": 1e-10}
+    if route == "gram":
+        return gradient_covariance(model, data, loss, groups, **options)
+    with patch.object(routes, "_stored", return_value=None):  # as if the gradients did not fit
+        return gradient_covariance(model, data, loss, groups, **options)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -119,6 +125,55 @@ def test_the_route_changes_when_the_factors_turn_out_not_to_fit():
     needed = 3 * 8 * 37**2
     found = gradient_covariance(model, batches(x, y, 16), CROSS_ENTROPY, groups, k=2, memory=needed + 100)
     assert found.route == "lanczos"
+
+
+def test_the_vectors_of_lanczos_stay_within_the_memory_and_graphs_within_half_of_it(monkeypatch):
+    model, x, y = classifier()
+    vector, given = 8 * 66, {}
+    real_operator, real_lanczos = routes.GradientCovarianceOperator, routes.lanczos
+
+    def operator(*arguments, **options):
+        given["graphs"] = options["memory"]
+        return real_operator(*arguments, **options)
+
+    def lanczos(*arguments, **options):
+        given["basis"] = options["max_basis"]
+        return real_lanczos(*arguments, **options)
+
+    monkeypatch.setattr(routes, "GradientCovarianceOperator", operator)
+    monkeypatch.setattr(routes, "lanczos", lanczos)
+    memory = 2 * 20 * vector
+    found = measured(model, batches(x, y, 16), CROSS_ENTROPY, route="lanczos", k=5, memory=memory)
+    assert given == {"graphs": memory / 2, "basis": 20 - 5}
+    whole = measured(model, batches(x, y, 16), CROSS_ENTROPY, route="lanczos", k=5)
+    np.testing.assert_allclose(found.eigenvalue, whole.eigenvalue, rtol=1e-8)
+
+
+def test_too_little_memory_for_lanczos_says_how_much_would_do():
+    model, x, y = classifier()
+    data, vector = batches(x, y, 16), 8 * 66
+    with pytest.raises(TooLittleMemory) as caught:
+        measured(model, data, CROSS_ENTROPY, route="lanczos", k=5, memory=2 * 17 * vector)
+    assert (caught.value.room, caught.value.vectors) == (17, 18)
+    assert caught.value.needed == 2 * 18 * vector
+    measured(model, data, CROSS_ENTROPY, route="lanczos", k=5, memory=caught.value.needed)
+
+
+def test_inner_products_of_mean_gradients_are_the_same_in_pieces_of_any_size():
+    model, x, y = classifier()
+    groups = partition(37, minibatch=4, minibatches=9, seed=0)
+    averages, sets = groups.weights(), [range(10), range(10, 19)]
+    data = batches(x, y, 16)
+    rows = averages @ per_sample_gradients(model, x, y)
+    for room in (5, 10, 19):
+        passes = routes._passes(sets, room)
+        assert max(map(len, passes)) <= room
+        inner = routes._inner_products(model, data, CROSS_ENTROPY, averages, passes)
+        for part in sets:
+            block = np.ix_(part, part)
+            np.testing.assert_allclose(inner[block], (rows @ rows.T)[block], rtol=1e-10, atol=1e-14)
+    assert len(routes._passes(sets, 19)) == 1
+    assert len(routes._passes(sets, 10)) == 2
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -233,13 +288,74 @@ def test_a_mean_gradient_within_its_noise_has_no_noise_scale():
     assert math.isnan(numbers["noise_scale"])
 
 
-def test_gradients_that_are_all_equal_have_no_covariance_and_no_ratio():
-    gradients = np.ones((12, 3))
+@pytest.mark.parametrize("size", [1.0, 0.0, 1e-200])
+def test_gradients_that_are_all_equal_have_no_covariance_no_ratio_and_no_direction(size):
+    gradients = np.full((12, 3), size)
     groups = partition(12, minibatch=3, minibatches=25, seed=0)
-    numbers = from_gram(gradients @ gradients.T, np.zeros(12), groups, k=2).estimates()
+    found = from_gram(gradients @ gradients.T, np.zeros(12), groups, k=2)
+    numbers = found.estimates()
     np.testing.assert_allclose(numbers["eigenvalue"], 0, atol=1e-14)
-    assert abs(numbers["trace"]) < 1e-14
+    assert 0 <= numbers["trace"] < 1e-14
+    assert found.vanishes
+    assert all(math.isnan(numbers[name]) for name in ("trace_ratio", "noise_scale"))
+    assert math.isnan(found.alignment(np.arange(12.0)))
+    assert np.isnan(found.minibatch_share(2)).all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_samples_in_unequal_batches_have_no_covariance_in_either_precision(route, dtype):
+    model, x, y = classifier()
+    data = batches(x[:1].expand(30, 5).to(dtype), y[:1].expand(30), [17, 13])
+    found = measured(model.to(dtype), data, CROSS_ENTROPY, route=route, minibatch=4)
+    assert found.vanishes
+    numbers = found.estimates()
+    assert numbers["trace"] >= 0
     assert math.isnan(numbers["trace_ratio"])
+    assert math.isnan(numbers["noise_scale"])
+    assert np.isnan(found.minibatch_share(5)).all()
+
+
+def test_directions_that_are_only_rounding_are_in_no_share():
+    scale = np.linspace(1, 3, 24)
+    gradients = np.outer(scale, [1.0, 2.0, 2.0])  # K of rank one: four of five eigenvectors are any
+    groups = partition(24, minibatch=4, minibatches=25, seed=0)
+    found = from_gram(gradients @ gradients.T, np.zeros(24), groups, k=1)
+    np.testing.assert_allclose(found.minibatch_share(5), 1, rtol=1e-12)
+
+
+def test_a_minibatch_without_gradient_has_no_share():
+    gradients = np.zeros((12, 3))
+    gradients[0] = 1
+    groups = partition(12, minibatch=3, minibatches=25, seed=0)
+    found = from_gram(gradients @ gradients.T, np.zeros(12), groups, k=1)
+    assert np.isnan(found.minibatch_share(1)).sum() == 3
+
+
+def test_two_samples_have_no_standard_errors_of_their_covariance():
+    gradients = np.random.default_rng(0).standard_normal((2, 5))
+    groups = partition(2, minibatch=0, minibatches=25, seed=0)
+    numbers = from_gram(gradients @ gradients.T, np.zeros(2), groups, k=1).estimates()
+    for name in ("eigenvalue", "trace", "trace_ratio", "noise_scale"):
+        assert np.isnan(numbers[f"{name}_stderr"]).all(), name
+    assert numbers["eigenvalue"][0] == pytest.approx(numbers["trace"])
+    assert numbers["gradient_norm_stderr"] > 0
+    three = np.random.default_rng(0).standard_normal((3, 5))
+    groups = partition(3, minibatch=0, minibatches=25, seed=0)
+    assert from_gram(three @ three.T, np.zeros(3), groups, k=1).estimates()["trace_stderr"] > 0
+
+
+def test_a_noise_scale_without_standard_error_is_not_given():
+    rng = np.random.default_rng(3)
+    groups = partition(30, minibatch=0, minibatches=25, seed=0)
+    barely = 0
+    for shift in np.linspace(0.0, 1.0, 40):
+        gradients = rng.standard_normal((30, 20)) + shift / 3
+        found = from_gram(gradients @ gradients.T, np.zeros(30), groups, k=1)
+        numbers, whole = found.estimates(), found._moments(None)["noise_scale"]
+        barely += math.isfinite(whole) and math.isnan(numbers["noise_scale"])
+        assert math.isnan(numbers["noise_scale"]) == math.isnan(numbers["noise_scale_stderr"])
+    assert barely > 0
 
 
 def test_the_centred_matrix_has_rows_that_sum_to_zero():

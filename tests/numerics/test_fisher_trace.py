@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import functional as autograd_functional
 from torch.nn import functional
 
+from dynprobe.analyzers.numerics import fisher_trace
 from dynprobe.analyzers.numerics.fisher_trace import (
     exact_fisher_trace,
     gradient_moments,
@@ -191,7 +192,7 @@ def test_groups_of_samples_with_random_signs_give_the_trace_of_an_lstm():
     exact = exact_fisher_trace(model, batches, loss)
     found = sampled_fisher_trace(model, batches, loss, tol=0.05, max_draws=600)
     assert found.converged
-    assert found.sizes.tolist() == [16, 4, 3]
+    assert found.sizes.tolist() == [16, 7]
     assert abs(found.estimate().value - exact.estimate().value) < 4 * found.draw_stderr
     moments = gradient_moments(model, batches, loss, draws=400)
     rows = []
@@ -244,3 +245,82 @@ def test_the_split_into_batches_does_not_matter():
 def test_a_loss_without_a_distribution_over_labels_is_refused():
     with pytest.raises(ValueError, match="which labels the model would draw"):
         exact_fisher_trace(relu_net(), data(), as_loss(functional.multi_margin_loss))
+
+
+def test_a_loss_of_ones_own_under_a_known_name_is_refused_for_what_it_is():
+    with pytest.raises(ValueError, match="cross_entropy is a function of your own"):
+        exact_fisher_trace(relu_net(), data(), as_loss(functional.cross_entropy))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_sampled_traces_do_not_depend_on_the_split_into_batches(slow):
+    loss = get_loss("cross_entropy")
+    model = Recurrent().eval() if slow else relu_net()
+    x, y = (torch.randn(N, 3, 2), torch.randint(C, (N,))) if slow else whole(data())
+    splits = [[(x, y)], list(zip(x.split(5), y.split(5), strict=True))]
+    one, other = (sampled_fisher_trace(model, batches, loss, tol=0.2, seed=3) for batches in splits)
+    torch.testing.assert_close(one.values, other.values, rtol=1e-11, atol=1e-13)
+    one, other = (gradient_moments(model, batches, loss, seed=3).squares for batches in splits)
+    torch.testing.assert_close(one.values, other.values, rtol=1e-11, atol=1e-13)
+
+
+def test_batches_with_many_logits_are_cut_without_a_change(monkeypatch):
+    model, batches, loss = relu_net(), data(), get_loss("cross_entropy")
+
+    def traces():
+        return [
+            exact_fisher_trace(model, batches, loss).values,
+            sampled_fisher_trace(model, batches, loss, tol=0.1).values,
+        ]
+
+    before = traces()
+    monkeypatch.setattr(fisher_trace, "FACTOR_BYTES", 3 * 64 * C)
+    sizes = []
+    factor = fisher_trace.output_factor
+    monkeypatch.setattr(fisher_trace, "output_factor", lambda *a: (sizes.append(len(a[1])), factor(*a))[1])
+    for now, then in zip(traces(), before, strict=True):
+        torch.testing.assert_close(now, then)
+    assert max(sizes) == 3
+
+
+def test_two_lucky_draws_of_a_single_group_are_not_converged():
+    model, loss = Recurrent().eval(), get_loss("cross_entropy")
+    batches = [(torch.randn(12, 4, 2), torch.randint(C, (12,)))]
+    true = exact_fisher_trace(model, batches, loss).estimate().value
+    for seed in range(20):
+        assert not sampled_fisher_trace(model, batches, loss, max_draws=2, seed=seed, tol=0.3).converged
+        found = sampled_fisher_trace(model, batches, loss, seed=seed, tol=0.3)
+        assert found.converged
+        assert found.draws >= 25
+        assert abs(found.estimate().value / true - 1) < 0.9
+
+
+def test_exact_moments_of_a_recurrent_network_hold_no_random_number():
+    model, loss = Recurrent().eval(), get_loss("cross_entropy")
+    batches = [(torch.randn(n, 4, 2), torch.randint(C, (n,))) for n in (5, 3)]
+    norms = []
+    for x, y in batches:
+        for i in range(len(y)):
+            parts = torch.autograd.grad(loss(model(x[i : i + 1]), y[i : i + 1]), model.parameters())
+            norms.append(sum(float(p.square().sum()) for p in parts))
+    found = gradient_moments(model, batches, loss, exact=True).squares
+    assert found.exact
+    torch.testing.assert_close(found.values.sum(1), torch.tensor(norms))
+    assert math.isfinite(found.estimate().stderr)
+    drawn = gradient_moments(model, batches, loss).squares
+    assert drawn.draws == 16
+    assert drawn.draw_stderr > 0
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_sample_whose_targets_are_all_ignored_has_no_trace_and_not_a_zero(dense):
+    model = nn.Conv1d(D, C, 1).eval() if dense else nn.Linear(D, C).eval()
+    x, y = (
+        (torch.randn(3, D, 2), torch.randint(C, (3, 2)))
+        if dense
+        else (torch.randn(3, D), torch.randint(C, (3,)))
+    )
+    y[1] = -100
+    loss = get_loss("cross_entropy")
+    for found in (exact_fisher_trace(model, [(x, y)], loss), gradient_moments(model, [(x, y)], loss).squares):
+        assert found.values.isnan().any(1).tolist() == [False, True, False]

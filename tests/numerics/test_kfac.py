@@ -152,3 +152,32 @@ def test_parameters_that_no_factor_covers_are_named():
     assert list(found.layers) == ["head"]
     assert found.left_out == ("twice.weight", "twice.bias", "norm.weight", "norm.bias")
     assert math.isclose(found.covered, 15 / 43)
+
+
+def test_random_signs_do_not_depend_on_the_split_into_batches():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    x, y = torch.randn(11, 4), torch.randint(3, (11,))
+    splits = [[(x, y)], list(zip(x.split(4), y.split(4), strict=True))]
+    one, other = (kronecker_factors(model, b, LOSS, max_columns=1, seed=2).layers["0"] for b in splits)
+    torch.testing.assert_close(one.outputs, other.outputs)
+
+
+def test_layers_that_see_only_some_samples_of_a_later_batch_have_no_factors():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            out = torch.zeros(len(x), 3)
+            for expert, mine in ((self.one, x[:, 0] > 0), (self.two, x[:, 0] <= 0)):
+                if mine.any():
+                    out = out.index_put((mine.nonzero()[:, 0],), expert(x[mine]))
+            return out
+
+    x, y = torch.randn(10, 4), torch.randint(3, (10,))
+    x[:5, 0] = 1.0
+    x[5:7, 0] = -1.0
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    for order in (batches, batches[::-1]):
+        assert kronecker_factors(Experts().eval(), order, LOSS).layers == {}

@@ -63,3 +63,26 @@ def test_the_fisher_information_predicts_the_divergence_of_a_small_change(name):
     assert math.isclose(found.ratio, 1, rel_tol=1e-3)
     assert found.divergence.n_samples == N
     assert not math.isclose(kl_check(model, batches, get_loss(name), size=0.9).ratio, 1, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bce_with_logits", "mse"])
+def test_models_with_one_number_per_sample_have_a_divergence(name):
+    flat, column = (nn.Sequential(nn.Linear(5, 1), *more).eval() for more in ([nn.Flatten(0)], []))
+    column.load_state_dict(flat.state_dict())
+    inputs, targets = torch.randn(N, 5), torch.rand(N)
+    found = kl_check(flat, [(inputs, targets)], get_loss(name), size=1e-5)
+    assert math.isclose(found.ratio, 1, rel_tol=1e-3)
+    truth = kl_check(column, [(inputs, targets[:, None])], get_loss(name), size=1e-5)
+    assert math.isclose(found.divergence.value, truth.divergence.value, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [0, -1])
+def test_rows_of_an_embedding_for_padding_do_not_move(padding):
+    """Their gradient is zero by convention: a divergence that they cause would not be predicted."""
+    embed = nn.Embedding(7, 4, padding_idx=padding)
+    nn.init.normal_(embed.weight)
+    model = nn.Sequential(embed, nn.Tanh(), nn.Flatten(), nn.Linear(32, C)).eval()
+    inputs = torch.randint(7, (N, 8))
+    inputs[:, 3:] = padding % 7
+    found = kl_check(model, [(inputs, torch.randint(C, (N,)))], get_loss("cross_entropy"), size=1e-5)
+    assert math.isclose(found.ratio, 1, rel_tol=1e-3)

@@ -50,6 +50,20 @@ def test_a_sample_with_no_counted_position_is_nan_never_zero() -> None:
     assert values.isnan().all()
 
 
+@pytest.mark.parametrize("classes", [3, 40])
+def test_a_sample_whose_only_target_is_ignored_has_neither_loss_nor_accuracy(classes: int) -> None:
+    loss, outputs, targets = get_loss("cross_entropy"), drawn(5, classes), torch.tensor([0, -100, 2, 1, -100])
+    outputs.requires_grad_()
+    values, right = loss.per_sample(outputs, targets), loss.accuracy(outputs, targets)
+    counted = targets != -100
+    expected = functional.cross_entropy(outputs, targets, reduction="none")
+    torch.testing.assert_close(values[counted], expected[counted])
+    torch.testing.assert_close(right[counted], (outputs.argmax(1) == targets)[counted].float())
+    assert values.isnan().tolist() == right.isnan().tolist() == (~counted).tolist()
+    (gradient,) = torch.autograd.grad(values[counted].sum(), outputs)
+    assert gradient.isfinite().all()
+
+
 def test_causal_language_model_predicts_the_next_token() -> None:
     outputs, tokens = drawn(2, 6, 11), torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
     by_hand = torch.stack(

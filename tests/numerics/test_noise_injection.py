@@ -80,6 +80,17 @@ def test_too_few_steps_are_not_converged():
     assert not noise_injection(model, batches, MSE, steps=4, tol=1e-3).converged
 
 
+def test_a_tensor_that_is_zero_throughout_gets_no_noise():
+    model, x, batches = regression()
+    net = nn.Sequential(model, nn.Linear(1, 1)).eval()
+    nn.init.zeros_(net[1].weight)
+    found = noise_injection(net, batches, MSE, steps=8)
+    assert list(found.trace) == ["0.weight"]
+    nn.init.zeros_(model.weight)
+    with pytest.raises(ValueError, match="is not zero"):
+        noise_injection(net, batches, MSE, steps=8)
+
+
 def test_a_model_without_filters_is_refused():
     with pytest.raises(ValueError, match="two or more dimensions"):
         noise_injection(nn.BatchNorm1d(3).eval(), [(torch.randn(2, 3), torch.randn(2, 3))], MSE, steps=2)

@@ -9,6 +9,7 @@ from torch import nn
 from dynprobe.analyzers.numerics.params import (
     filter_axis,
     frozen_eval,
+    layers_of,
     private_copy,
     same_bits,
     weight_parameters,
@@ -89,3 +90,12 @@ def test_a_model_with_computed_weights_can_be_copied() -> None:
     x = torch.randn(4, 3)
     expected = model(x)
     torch.testing.assert_close(private_copy(model)(x), expected)
+
+
+def test_what_a_parametrised_weight_is_computed_from_belongs_to_the_layer_of_the_weight() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(3, 2)), nn.Linear(2, 2))
+    layers = layers_of(name for name, _ in model.named_parameters())
+    assert {layer: len(names) for layer, names in layers.items()} == {"0": 3, "1": 2}
+    alone = layers_of(name for name, _ in norm(nn.Linear(3, 2)).named_parameters())
+    assert {layer: len(names) for layer, names in alone.items()} == {"bias": 1, "weight": 2}

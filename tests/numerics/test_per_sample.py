@@ -7,14 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dynprobe.analyzers.numerics import layer_rules
 from dynprobe.analyzers.numerics.evaluate import call, map_tensors
+from dynprobe.analyzers.numerics.factors import Rows, total
 from dynprobe.analyzers.numerics.losses import get_loss
 from dynprobe.analyzers.numerics.per_sample import (
     PerSamplePass,
-    Routes,
     SamplesMixed,
     loss_gradients,
+    settle,
 )
+from dynprobe.analyzers.numerics.sample_by_sample import grouped
 
 N = 5
 
@@ -103,6 +106,86 @@ class Permuted(Merged):
         return self.head(y.unflatten(0, (x.shape[1], x.shape[0])).sum(0))
 
 
+class Keys(nn.Module):
+    """Attention by hand: the softmax does not see the bias of the keys, whose gradient is nothing but rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).mT / 2
+        return (scores.softmax(-1) @ self.value(x)).mean(1)
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])
+
+    def forward(self, x):
+        out = torch.zeros(len(x), 3, dtype=x.dtype)
+        for k, expert in enumerate(self.expert):
+            mine = (x[:, 0] > 0) == bool(k)
+            if mine.any():
+                out = out.index_put((mine.nonzero()[:, 0],), expert(x[mine]))
+        return out
+
+
+class MaskToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(torch.where(x.isnan(), self.token, x)))
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.head = nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(x) * self.gain)
+
+
+class Places(nn.Embedding):
+    """As OPT's: given a mask of floats instead of indices."""
+
+    def forward(self, mask):
+        return super().forward((mask.cumsum(1) * mask).long())
+
+
+class Flattening(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+class OwnForwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place, self.head = nn.Embedding(7, 4), Places(8, 4), Flattening(24, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(x) + self.place(torch.ones_like(x, dtype=torch.float32))))
+
+
+class InFloat32(nn.Module):
+    """As the normalisation of many language models, whatever the dtype of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale, self.head = nn.Linear(4, 4), nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.layer(x).float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return self.head(self.scale * x.to(self.scale.dtype))
+
+
 def images():
     return torch.randn(N, 4, 7, 6)
 
@@ -139,6 +222,14 @@ NETS = {
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
         lambda: torch.randn(N, 4),
     ),
+    "keys": (Keys(), sequences),
+    "normalised away": (
+        nn.Sequential(nn.Conv2d(4, 3, 3), nn.InstanceNorm2d(3), nn.Conv2d(3, 2, 2), nn.GroupNorm(2, 2)),
+        images,
+    ),
+    "own forwards": (OwnForwards(), lambda: torch.randint(7, (N, 6))),
+    "experts": (Experts(), lambda: torch.randn(N, 4)),
+    "depthwise": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Tanh(), nn.Conv2d(4, 9, 4)), images),
     "frozen weights": (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), lambda: torch.randn(N, 4)),
 }
 
@@ -206,6 +297,8 @@ def test_only_parameters_without_a_layer_rule_take_the_slow_route():
     assert slow.pop("transposed") == {"0.weight", "0.bias"}
     assert slow.pop("permuted") == {"layer.weight", "layer.bias"}
     assert slow.pop("weight_norm") == {f"0.parametrizations.weight.original{i}" for i in (0, 1)}
+    assert slow.pop("own forwards") == {"place.weight", "head.weight", "head.bias"}
+    assert slow.pop("experts") == {f"expert.{k}.{p}" for k in (0, 1) for p in ("weight", "bias")}
     for name in ("transformer", "tied transformer"):
         attention = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
         assert slow.pop(name) == {f"block.self_attn.{p}" for p in attention}
@@ -321,14 +414,149 @@ def test_inputs_may_be_a_dictionary_with_entries_that_are_no_samples():
     assert call(model, {"x": x, "scale": torch.tensor(1.0)}).shape == (N, 2)
 
 
-def test_routes_are_found_once():
+def test_routes_are_settled_once():
     model, inputs = prepared("lstm")
-    routes = Routes()
-    PerSamplePass(model, inputs, routes=routes)
-    assert routes.verified
+    routes = settle(model, [(inputs, None)])
+    assert routes.settled
     assert routes.slow
     assert not routes.vectorised
+    assert settle(model, [], routes=routes) is routes
     again = PerSamplePass(model, inputs, routes=routes)
     truth = brute_force(model, inputs, torch.ones(N, 2))
     for key, factor in again.pull(torch.ones(N, 2)).items():
         torch.testing.assert_close(factor.squared_norm(), truth[key].flatten(1).square().sum(1))
+
+
+def halves(kind):
+    """Two batches, in the first of which a parameter has no gradient, or its rule happens to be right."""
+    torch.manual_seed(2)
+    x = torch.randn(10, 4)
+    if kind == "experts":
+        x[:4, 0] = -x[:4, 0].abs()
+        x[4:, 0] = torch.tensor([1, -1, 1, -1, -1, 1]) * x[4:, 0].abs()
+    elif kind == "mask token":
+        x[7:, :2] = torch.nan
+    else:
+        x[:4] = 0
+    return {"experts": Experts, "mask token": MaskToken, "gain": Gain}[kind]().eval(), x.split((4, 6))
+
+
+@pytest.mark.parametrize("kind", ["experts", "mask token", "gain"])
+def test_gradients_do_not_depend_on_which_batch_comes_first(kind):
+    model, parts = halves(kind)
+    loss, targets = get_loss("cross_entropy"), torch.randint(3, (10,)).split((4, 6))
+    batches = list(zip(parts, targets, strict=True))
+    for order in (batches, batches[::-1]):
+        for (x, y), (factors, _) in zip(order, loss_gradients(model, order, loss), strict=True):
+            z = model(x).detach().requires_grad_()
+            truth = brute_force(model, x, torch.autograd.grad(loss(z, y) * len(y), z)[0])
+            for key, factor in factors.items():
+                torch.testing.assert_close(
+                    factor.squared_norm(), truth[key].flatten(1).square().sum(1), msg=key
+                )
+
+
+@pytest.mark.parametrize("kind", ["experts", "mask token", "gain"])
+def test_settling_finds_what_needs_the_slow_route_in_any_batch(kind):
+    model, parts = halves(kind)
+    slow = {"experts": {"expert.0.weight", "expert.1.bias"}, "mask token": {"token"}, "gain": {"gain"}}[kind]
+    for order in (parts, parts[::-1]):
+        assert slow <= settle(model, [(x, None) for x in order]).slow
+
+
+def test_a_layer_whose_rule_is_silent_is_not_dropped_on_other_data():
+    model, (first, second) = halves("experts")
+    routes = settle(model, [(first, None)])
+    assert not routes.slow
+    found = PerSamplePass(model, second, routes=routes).pull(torch.ones(6, 3))
+    truth = brute_force(model, second, torch.ones(6, 3))
+    for key, factor in found.items():
+        torch.testing.assert_close(factor.squared_norm(), truth[key].flatten(1).square().sum(1))
+
+
+def test_a_gradient_that_is_not_finite_is_nan_and_not_zero():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x):
+            return x * self.scale.abs().sqrt()
+
+    found = PerSamplePass(Root().eval(), torch.randn(N, 3)).pull(torch.ones(N, 3))
+    assert bool(found["scale"].squared_norm().isnan().all())
+
+
+def test_parts_in_float32_of_a_model_in_float64_are_no_mixing_of_samples():
+    model, inputs = InFloat32().eval(), torch.randn(N, 4)
+    found = PerSamplePass(model, inputs).pull(torch.ones(N, 3))
+    truth = brute_force(model, inputs, torch.ones(N, 3))
+    for key, factor in found.items():
+        torch.testing.assert_close(
+            factor.squared_norm(), truth[key].flatten(1).square().sum(1), rtol=1e-5, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "reflect", "conv1d"])
+def test_convolutions_whose_patches_are_too_large_are_done_few_samples_at_a_time(name, monkeypatch):
+    model, inputs = prepared(name)
+    passed = PerSamplePass(model, inputs)
+    cotangent = torch.randn(passed.outputs.shape)
+    truth = passed.pull(cotangent)
+    monkeypatch.setattr(layer_rules, "KEPT_PATCHES", 1)
+    parts = PerSamplePass(model, inputs)
+    found = parts.pull(cotangent)
+    convolutions = [use for use in parts.uses if isinstance(use.module, layer_rules.CONVOLUTIONS)]
+    assert [len(list(parts.patches.of(use))) for use in convolutions] == [N] * len(convolutions)
+    for key, factor in found.items():
+        torch.testing.assert_close(factor.squared_norm(), truth[key].squared_norm())
+        torch.testing.assert_close(factor.combine(torch.ones(N)), truth[key].combine(torch.ones(N)))
+
+
+def dense(factor, rows, columns):
+    out = torch.zeros(len(factor.index), rows, columns)
+    for i, (index, values) in enumerate(zip(factor.index, factor.values, strict=True)):
+        out[i].index_add_(0, index, values)
+    return out.flatten(1)
+
+
+def test_norms_of_embeddings_take_no_memory_for_pairs_of_positions():
+    """Pairs of 30,000 positions would take 21 GB."""
+    one, other = (Rows(torch.randint(9, (n, 30000)), torch.randn(n, 30000, 2), (9, 2)) for n in (3, 2))
+    truth = dense(one, 9, 2)
+    torch.testing.assert_close(one.squared_norm(), truth.square().sum(1))
+    torch.testing.assert_close(one.gram(other), truth @ dense(other, 9, 2).T)
+
+
+def test_an_embedding_that_is_used_twice_stays_a_few_rows():
+    one, other = (Rows(torch.randint(9, (3, t)), torch.randn(3, t, 2), (9, 2)) for t in (4, 5))
+    both = total([one, other])
+    assert isinstance(both, Rows)
+    torch.testing.assert_close(both.squared_norm(), (dense(one, 9, 2) + dense(other, 9, 2)).square().sum(1))
+
+
+def test_convolutions_run_without_the_rounding_of_tf32():
+    seen = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    before = torch.backends.cudnn.allow_tf32
+    PerSamplePass(Net(2, 2).eval(), torch.randn(N, 2))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_groups_go_across_the_ends_of_batches_where_shapes_allow():
+    x, y = torch.arange(11.0)[:, None], torch.arange(11)
+    cut = [({"x": a, "scale": torch.ones(1)}, b) for a, b in zip(x.split(4), y.split(4), strict=True)]
+    for batches in (cut, [({"x": x, "scale": torch.ones(1)}, y)]):
+        groups = list(grouped(batches, 3, across=True))
+        assert [b.tolist() for _, b in groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+        assert all(torch.equal(a["x"][:, 0].long(), b) and len(a["scale"]) == 1 for a, b in groups)
+    assert [len(b) for _, b in grouped(cut, 3)] == [3, 1, 3, 1, 3]
+    ragged = [(torch.zeros(4, 2), y[:4]), (torch.zeros(4, 3), y[4:8])]
+    assert [len(b) for _, b in grouped(ragged, 3, across=True)] == [3, 1, 3, 1]

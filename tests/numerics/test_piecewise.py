@@ -56,6 +56,74 @@ class Recurrent(nn.Module):
         return self.lstm(x)[0][:, -1]
 
 
+class Scattered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.lerp(self.layer(x), self.other(x), 0.3)
+        y = torch.zeros_like(x).index_add(1, torch.tensor([0, 0, 1, 2]), y)
+        y = (
+            torch.zeros_like(x).scatter(1, torch.zeros(len(x), 1, dtype=torch.long), y[:, :1])
+            + y.median(1)[0][:, None]
+        )
+        return nn.functional.softshrink(nn.functional.hardshrink(y))
+
+
+class Interpolated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        y = nn.functional.interpolate(self.conv(x), scale_factor=2, mode="nearest-exact")
+        return nn.functional.interpolate(y, size=(3, 3), mode="bilinear", antialias=True)
+
+
+class Bilinear(nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.layer, self.product, self.own = nn.Linear(4, 4), nn.Bilinear(4, 4, 3), own
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.product(y, y if self.own else x)
+
+
+class View(torch.autograd.Function):
+    """Called like a linear operation, and not linear."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0].exp() * gradient
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return View.apply(self.layer(x))
+
+
+class Lerped(nn.Module):
+    """The parameter is what is interpolated and how far."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return torch.lerp(x * self.scale, x, self.scale)
+
+
 def images():
     return torch.randn(5, 1, 6, 6)
 
@@ -77,6 +145,9 @@ LINEAR = {
     "positions": (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), lambda: torch.randn(5, 3, 4)),
     "shared in parallel": (Tied(in_series=False), vectors),
     "first layer norm": (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)), vectors),
+    "scatters and shrinkages": (Scattered(), vectors),
+    "interpolations": (Interpolated(), images),
+    "bilinear layer": (Bilinear(own=False), vectors),
     "embedding": (nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), lambda: torch.randint(5, (5, 4))),
 }
 NOT_LINEAR = {
@@ -86,6 +157,9 @@ NOT_LINEAR = {
     "lstm": (Recurrent(), lambda: torch.randn(5, 3, 4), "is not known"),
     "attention": (Attention(), lambda: torch.randn(5, 3, 4), "is not known|in both factors"),
     "layer norm": (nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5)), vectors, "LayerNorm"),
+    "bilinear layer of itself": (Bilinear(own=True), vectors, "is in both factors of one product"),
+    "custom function": (Custom(), vectors, "View is a custom function"),
+    "interpolated by itself": (Lerped(), vectors, "scale is in both factors"),
     "tied in series": (Tied(in_series=True), vectors, "layer.weight is in both factors"),
     "weight norm": (
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))),
