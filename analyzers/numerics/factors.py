@@ -195,7 +195,7 @@ class Rows:
         """Rows that are not zero, those of one sample at one index added up: samples, indices, values."""
         n = len(self.index)
         place = torch.arange(n, device=self.index.device)[:, None] * self._shape[0] + self.index.long()
-        places, where = place.flatten().unique(return_inverse=True)
+        places, where = torch.unique(place.flatten(), return_inverse=True)
         rows = self.values.new_zeros(len(places), self.values.shape[2], dtype=torch.float64)
         rows.index_add_(0, where, self.values.flatten(0, 1).double())
         return places // self._shape[0], places % self._shape[0], rows

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
@@ -34,7 +35,7 @@ class Patches:
             one = patches(use.module, use.inputs[:1]).nbytes
             if self._bytes + one * len(use.inputs) > KEPT_PATCHES:
                 step = max(1, KEPT_PATCHES // (4 * one))  # the rule takes some copies of them
-                yield from (patches(use.module, part) for part in use.inputs.split(step))
+                yield from (patches(use.module, part) for part in torch.split(use.inputs, step))
                 return
             self._kept[use] = patches(use.module, use.inputs)
             self._bytes += self._kept[use].nbytes

@@ -353,8 +353,8 @@ def _agree(factor: Factor, weights: Tensor, truth: Tensor, whole: float, eps: fl
     difference = _norm(factor.combine(weights) - truth)
     if difference <= max(eps**0.5 * size, min(ROUNDING * eps, eps**0.5) * whole):
         return True
-    terms = (factor.squared_norm() * weights.double().square()).sum().sqrt()
-    return difference <= eps**0.5 * float(terms)
+    terms = float((factor.squared_norm() * weights.double().square()).sum().sqrt())
+    return bool(difference <= eps**0.5 * terms)
 
 
 def _norm(tensor: Tensor) -> float:

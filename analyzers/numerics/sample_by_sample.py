@@ -89,49 +89,54 @@ def grouped(batches: Iterable[Batch], size: int, *, across: bool = False) -> Ite
         across: Fill groups up beyond the end of a batch, so that they do not depend on how the data are split
             (unless the shapes of the samples differ between batches: then a group ends with its batch).
     """
-    held: Batch | None = None
-    for batch in batches:
-        both = None if held is None else _joined(held, batch)
-        if held is not None and both is None:
-            yield held
-        inputs, targets = both or batch
-        n, held = len(targets), None
+    held: list[Tensor] = []
+    along: list[bool] = []
+    example: Any = None
+    for inputs, targets in batches:
+        tensors = [*_tensors(inputs), targets]
+        mine = [bool(t.dim()) and len(t) == len(targets) for t in tensors]
+        if held and (joined := _joined(held, tensors, along, mine)) is not None:
+            # of one sample alone it cannot be told which tensors have one for each
+            tensors, mine = joined, [one and other for one, other in zip(along, mine, strict=True)]
+        elif held:
+            yield _batch(example, held)
+        held, along, example = [], mine, inputs
+        n = len(tensors[-1])
         for first in range(0, n, size):
-            rows = slice(first, first + size)
-            part = (_rows(inputs, n, rows), targets[rows]) if n > size else (inputs, targets)
+            part = [t[first : first + size] if own else t for t, own in zip(tensors, mine, strict=True)]
             if across and first + size > n:
                 held = part
             else:
-                yield part
-    if held is not None:
-        yield held
+                yield _batch(inputs, part)
+    if held:
+        yield _batch(example, held)
+
+
+def _joined(
+    one: list[Tensor], other: list[Tensor], along: list[bool], others_along: list[bool]
+) -> list[Tensor] | None:
+    """The tensors of two batches as one; None where they do not fit together."""
+    if len(one) != len(other):
+        return None
+    parts = []
+    for a, b, own in zip(one, other, map(min, along, others_along), strict=True):
+        if not own and not torch.equal(a, b):
+            return None
+        if own and (a.shape[1:] != b.shape[1:] or a.dtype != b.dtype):
+            return None
+        parts.append(torch.cat([a, b]) if own else a)
+    return parts
+
+
+def _batch(like: Any, tensors: list[Tensor]) -> Batch:
+    """Inputs of the same form, and targets, from their tensors in order."""
+    left = iter(tensors)
+    return map_tensors(lambda _: next(left), like), tensors[-1]
 
 
 def n_samples(inputs: Any) -> int:
     """Length of the first of the tensors; 1 without any."""
     return next((len(tensor) if tensor.dim() else 1 for tensor in _tensors(inputs)), 1)
-
-
-def _rows(inputs: Any, n: int, rows: slice) -> Any:
-    """These samples' rows of every tensor that has one for each sample."""
-    return map_tensors(lambda t: t[rows] if t.dim() and len(t) == n else t, inputs)
-
-
-def _joined(one: Batch, other: Batch) -> Batch | None:
-    """Two batches as one; None where they do not fit together."""
-    sizes = len(one[1]), len(other[1])
-    first, second = [*_tensors(one[0]), one[1]], [*_tensors(other[0]), other[1]]
-    if len(first) != len(second):
-        return None
-    parts = []
-    for a, b in zip(first, second, strict=True):
-        if [bool(t.dim() and len(t) == n) for t, n in zip((a, b), sizes, strict=True)] == [True, True]:
-            if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-                return None
-            parts.append(torch.cat([a, b]))
-        elif not torch.equal(a, b):
-            return None
-    return _split(one[0], sizes[0])[1](parts[:-1]), parts[-1]
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

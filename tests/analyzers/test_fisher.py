@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._fisher_figure import draw_fisher
 from dynprobe.analyzers.core.contract import declaration_of
 from dynprobe.analyzers.core.result import Array, Result
 from dynprobe.analyzers.fisher import fisher
@@ -111,10 +112,113 @@ def test_a_recurrent_network_is_sampled_and_the_note_names_its_layers():
     found = fisher(model, batches, LOSS, tol=0.1)
     assert found["method"].startswith("sampled")
     assert any("rnn.weight_ih_l0" in note and "groups of 16" in note for note in found.notes)
+    assert any("empirical trace is sampled too: 16 draws" in note for note in found.notes)
     exact = fisher(model, batches, LOSS, method="exact")
     assert any("one sample after the other" in note for note in exact.notes)
     assert abs(found["trace"] - exact["trace"]) < 4 * found["trace_draw_stderr"]
     assert math.isclose(found["kl_ratio"], 1, rel_tol=0.05)
+
+
+def test_no_number_of_an_exact_measurement_is_random():
+    torch.manual_seed(0)
+    model, batches = Recurrent(), [(torch.randn(12, 4, 2), torch.randint(3, (12,)))]
+    one, other = (fisher(model, batches, LOSS, method="exact", kl_check=False, seed=seed) for seed in (0, 1))
+    for name in ("trace", "empirical_trace", "empirical_trace_stderr", "layer_empirical_trace"):
+        np.testing.assert_array_equal(one[name], other[name])
+        assert np.isfinite(one[name]).all()
+    assert not any("sampled" in note for note in one.notes)
+
+
+def test_a_few_samples_of_a_recurrent_network_are_not_converged_by_luck_and_have_no_error_over_samples():
+    torch.manual_seed(0)
+    model, batches = Recurrent(), [(torch.randn(12, 4, 2), torch.randint(3, (12,)))]
+    found = fisher(model, batches, LOSS, method="sampled", max_draws=2, tol=0.9, kl_check=False)
+    assert not found.converged
+    assert "too few to tell their error: 2 times 1" in found.reason
+    assert math.isnan(found["trace_stderr"])
+    assert any("no standard error over samples; see trace_draw_stderr" in note for note in found.notes)
+
+
+class Keys(nn.Module):
+    """The bias of the keys has a gradient that is nothing but rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(((self.query(x) @ self.key(x).mT).softmax(-1) @ x).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_bias_that_the_outputs_do_not_depend_on_is_no_mixing_of_samples(dtype):
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 5, 4, dtype=dtype), torch.randint(3, (n,))) for n in (6, 3)]
+    found = fisher(Keys().to(dtype), batches, LOSS)
+    assert found["method"] == "exact, 3 columns"
+    assert not any("no layer rule" in note for note in found.notes)
+    assert math.isclose(found["kl_ratio"], 1, rel_tol=0.02)
+
+
+def test_a_parametrised_layer_is_one_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.ReLU(), nn.Linear(6, 4))
+    found = fisher(model.double(), data(), LOSS, kfac=True, kl_check=False)
+    assert found["layer"].tolist() == ["0", "2"]
+    assert np.isnan(found["layer_log_determinant"]).tolist() == [True, False]
+
+
+def test_soft_labels_that_do_not_sum_to_one_are_pointed_out():
+    model = network()
+    for scale, said in ((1.0, False), (2.0, True)):
+        batches = [(x, scale * torch.rand(len(x), 4).double().softmax(1)) for x, _ in data()]
+        found = fisher(model, batches, LOSS, kl_check=False)
+        assert any("do not sum to one" in note for note in found.notes) == said
+
+
+def test_a_sample_without_a_target_leaves_no_trace_and_the_note_says_why():
+    batches = [(torch.randn(3, 2, 4).double(), torch.randint(3, (3, 4)))]
+    batches[0][1][1] = -100
+    found = fisher(nn.Conv1d(2, 3, 1).double(), batches, LOSS)
+    assert math.isnan(found["trace"])
+    assert math.isnan(found["empirical_trace"])
+    assert any("1 of the samples have no target that counts" in note for note in found.notes)
+    assert not any("zero to all digits" in note for note in found.notes)
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(OptionError, match="no parameters"):
+        fisher(nn.Flatten(), data(), LOSS)
+
+
+def test_a_gradient_that_is_not_finite_is_a_missing_trace_and_not_a_zero():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.scale.abs().sqrt()
+
+    found = fisher(Root(), data(classes=5), LOSS, kl_check=False)
+    assert np.isnan(found["layer_trace"]).all()
+    assert any("trace is not finite" in note for note in found.notes)
+
+
+def test_in_half_precision_the_ratio_of_divergences_is_called_rounding():
+    batches = [(x.bfloat16(), y) for x, y in data()]
+    found = fisher(network().bfloat16(), batches, LOSS)
+    assert any("half precision" in note for note in found.notes)
+    assert not any("half precision" in note for note in fisher(network(), data(), LOSS).notes)
+
+
+def test_noise_injection_names_the_tensors_that_are_zero():
+    model = network()
+    nn.init.zeros_(model[2].weight)
+    found = fisher(model, data(), LOSS, noise_injection=16, kl_check=False)
+    assert np.isnan(found["layer_noise_trace"]).tolist() == [False, True]
+    assert any("tensors that are zero: 2.weight" in note for note in found.notes)
+    assert any("parameters without filters: 0.bias, 2.bias" in note for note in found.notes)
 
 
 def test_attention_is_exact_and_vectorised_over_samples():
@@ -181,6 +285,11 @@ def test_a_network_without_filters_gets_no_noise_but_a_clear_answer():
         fisher(Scale(), data(), LOSS, noise_injection=20)
 
 
+def test_a_function_called_like_a_loss_is_refused_for_what_it_is():
+    with pytest.raises(OptionError, match="cross_entropy is a function of your own"):
+        fisher(network(), data(), functional.cross_entropy)
+
+
 def test_a_loss_without_labels_of_its_own_is_refused():
     with pytest.raises(OptionError, match="which labels the model would draw"):
         fisher(network(), data(), functional.multi_margin_loss)
@@ -244,3 +353,25 @@ def test_the_figure_has_its_styles(tmp_path, monkeypatch, capsys):
     figure = tmp_path / "no.png"
     assert command(monkeypatch, "report", "plot", report, "--style", "no", "--figure", figure) == 2
     assert "Styles: auto, traces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "labelled"), [((0, 1, 2), 1), ((0, 5, 9), 2)])
+def test_panels_of_runs_with_other_steps_have_their_own_labels(steps, labelled):
+    from matplotlib.figure import Figure
+
+    one, rows = np.ones(6), np.ones((6, 2)) / 2
+    arrays = {
+        "step": Array(("checkpoint",), np.array([0, 1, 2, *steps])),
+        "run": Array(("checkpoint",), np.array(["a"] * 3 + ["b"] * 3, dtype=object)),
+        "status": Array(("checkpoint",), np.array(["ok"] * 6, dtype=object)),
+        "layer": Array(("layer",), np.array(["one", "two"], dtype=object)),
+        "layer_share": Array(("checkpoint", "layer"), rows),
+    } | {
+        name: Array(("checkpoint",), one)
+        for name in ("trace", "trace_stderr", "empirical_trace", "empirical_trace_stderr")
+    }
+    figure = Figure()
+    draw_fisher(Result("fisher", "checkpoint", arrays), figure)
+    shares = [panel for panel in figure.axes if panel.get_ylabel() == "share of the trace"]
+    assert len(shares) == 2
+    assert sum(bool(panel.get_xlabel()) for panel in shares) == labelled

@@ -81,7 +81,7 @@ def test_too_few_steps_are_not_converged():
 
 
 def test_a_tensor_that_is_zero_throughout_gets_no_noise():
-    model, x, batches = regression()
+    model, _, batches = regression()
     net = nn.Sequential(model, nn.Linear(1, 1)).eval()
     nn.init.zeros_(net[1].weight)
     found = noise_injection(net, batches, MSE, steps=8)

@@ -107,7 +107,7 @@ class Permuted(Merged):
 
 
 class Keys(nn.Module):
-    """Attention by hand: the softmax does not see the bias of the keys, whose gradient is nothing but rounding."""
+    """Attention by hand: its softmax does not see the bias of the keys, whose gradient is only rounding."""
 
     def __init__(self):
         super().__init__()
