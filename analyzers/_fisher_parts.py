@@ -156,7 +156,7 @@ class Task:
             self.reasons.append(
                 f"after {found.draws} draws their standard error is {part:.2g} of the trace, above {tol:g}"
                 if not part <= tol
-                else f"draws and groups of samples are too few to tell their error: {found.draws} times {groups}"
+                else f"draws and groups of samples are too few to tell the error: {found.draws} by {groups}"
             )
         if groups == 1:
             self.notes.append(

@@ -14,9 +14,9 @@ from torch import Tensor
 from dynprobe.analyzers.numerics.krylov import Floats, KrylovSpace, Matvec
 
 VERIFY = 10
-"""Fewest products given to a further random start; a third of what the first one took where that is more. In
-a dense spectrum a second copy takes long to show itself: after a first search of 74 products, 14 of 20 seeds
-missed it with 10 more, one with 20, none with 30."""
+"""Fewest products given to a further random start; a quarter of what the search took where that is more. In a
+dense spectrum a second copy takes long to show itself: after a search of 74 products, 14 of 20 seeds missed
+it with 10 more, one with 20, none with 30."""
 
 INSIDE = 30.0
 """Units of rounding by which an eigenvalue may be off although all products agree: the rounding inside the
@@ -105,7 +105,7 @@ def lanczos(
         rounding: Relative noise of `matvec` (epsilon of the dtype it computes in); that of `dtype` when None.
         relative_to: What `tol` is relative to: each pair's |λ|, or the largest |λ| seen (for ratios such as
             λmin/λmax, where the small one may be near zero).
-        verify: Whether to look for further copies; costs a third of the search, at least 10 products.
+        verify: Whether to look for further copies; costs a quarter of the search, at least 10 products.
         max_basis: Most vectors in memory, at least k + 8; no limit when None.
 
     Returns:
@@ -130,17 +130,18 @@ def lanczos(
     space.add_start(start)
     stop = _Stop(k, which, tol, floor, relative_to)
     search = _Search(space, stop, max_basis or n, max_iter if max_iter is not None else 40 * k + 200)
-    search.expand()
-    starts, each = 1, max(VERIFY, space.n_matvec // 3)
+    proven = search.expand()
+    starts = 1
     while verify and (k > 2 or (k == 2 and which != "BE")) and search.may_go_on:
-        before = space.ritz()[0]
+        before, each = space.ritz()[0], max(VERIFY, space.n_matvec // 4)
         for _ in range(min(starts, n - space.size)):
             space.add_start()
-        search.expand(at_least=each * starts)
-        if stop.unchanged(before, space.ritz()[0]):
+        search.spend(each * starts)
+        if not space.finite or stop.unchanged(before, space.ritz()[0]):
             break
+        proven = search.expand()
         starts = min(2 * starts, k)
-    return _finish(space, stop)
+    return _finish(space, stop, proven)
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,9 @@ class _Stop:
             squared = np.where(gap > 0, residual**2 / gap, np.inf)
         return np.maximum(np.minimum(residual, squared), self.floor * norm)
 
-    def met(self, value: Floats, bound: Floats) -> NDArray[np.bool_]:
-        norm = float(np.abs(value).max(initial=0.0))
+    def met(self, value: Floats, bound: Floats, everything: Floats) -> NDArray[np.bool_]:
+        """Whether values, some of `everything` that was seen, are as accurate as asked for."""
+        norm = float(np.abs(everything).max(initial=0.0))
         scale = np.abs(value) if self.relative_to == "pair" else np.full(len(value), norm)
         # An eigenvalue of exactly zero has no relative accuracy: a few units of rounding of H have to do.
         return bound <= np.maximum(self.tol * scale, 4 * self.floor * norm)
@@ -204,21 +206,31 @@ class _Search:
     def may_go_on(self) -> bool:
         return self.space.finite and not self.space.complete and self.space.n_matvec < self.max_iter
 
-    def expand(self, at_least: int = 0) -> None:
-        begun = self.space.n_matvec
+    def expand(self) -> Floats:
+        """Grows until all wanted pairs meet the tolerance; returns their bounds."""
+        bound = np.zeros(0)
         while self.may_go_on:
-            if self.space.size >= self.max_basis:
-                self._restart()
-            self.space.grow()
-            grown = self.space.n_matvec - begun
-            enough = self.space.size > self.stop.k and grown >= at_least
-            if not self.space.finite or (enough and self._met()):
-                return
+            self._grow()
+            if not self.space.finite:
+                break
+            if self.space.size > self.stop.k or self.space.complete:
+                value, _, residual = self.space.ritz()
+                wanted = self.stop.indices(value)
+                bound = self.stop.bounds(value, residual)[wanted]
+                if bool(self.stop.met(value[wanted], bound, value).all()):
+                    break
+        return bound
 
-    def _met(self) -> bool:
-        value, _, residual = self.space.ritz()
-        wanted = self.stop.indices(value)
-        return bool(self.stop.met(value, self.stop.bounds(value, residual))[wanted].all())
+    def spend(self, products: int) -> None:
+        """Grows by so many products."""
+        until = self.space.n_matvec + products
+        while self.may_go_on and self.space.n_matvec < until:
+            self._grow()
+
+    def _grow(self) -> None:
+        if self.space.size >= self.max_basis:
+            self._restart()
+        self.space.grow()
 
     def _restart(self) -> None:
         """Keeps the wanted pairs and half as many others as there is room for, those next in line."""
@@ -227,7 +239,11 @@ class _Search:
         self.space.compress(coordinate[:, kept], value[kept])
 
 
-def _finish(space: KrylovSpace, stop: _Stop) -> Eigenpairs:
+def _finish(space: KrylovSpace, stop: _Stop, proven: Floats) -> Eigenpairs:
+    """The pairs; where more products left them as they were, what was proven of them before still holds.
+
+    Ritz values at an end move towards the eigenvalues only, so an earlier bound bounds the later error.
+    """
     if not space.finite:
         nothing = np.full(stop.k, math.nan)
         empty = torch.full_like(space.combination(np.zeros((stop.k, space.size))), math.nan)
@@ -235,23 +251,26 @@ def _finish(space: KrylovSpace, stop: _Stop) -> Eigenpairs:
         return Eigenpairs(nothing, empty, nothing, nothing, missed, space.n_matvec, math.nan)
     value, coordinate, residual = space.ritz()
     index = stop.indices(value)
-    vector = space.vectors(coordinate[:, index])
-    discrepancy = _discrepancy(space, value[index], coordinate[:, index])
-    if discrepancy > 30 * stop.floor * float(np.abs(value).max()) * math.sqrt(len(index)):
+    found, vector = value[index], space.vectors(coordinate[:, index])
+    discrepancy = _discrepancy(space, found, coordinate[:, index])
+    size = float(np.linalg.norm(found))
+    bound = stop.bounds(value, residual)[index]
+    if len(proven) == len(bound):
+        bound = np.minimum(bound, proven)
+    if discrepancy > stop.tol * size:
         for place, row in zip(index, vector, strict=True):
             residual[place] = float((space.product(row).double() - value[place] * row.double()).norm())
-    bound = stop.bounds(value, residual)
-    size = float(np.linalg.norm(value[index]))
+        bound = stop.bounds(value, residual)[index]
     noise = INSIDE * stop.floor + (discrepancy / size if size > 0 else 0.0)
-    bound = np.maximum(bound, noise * np.abs(value))  # rounding errors are in proportion to what is computed
+    bound = np.maximum(bound, noise * np.abs(found))  # rounding errors are in proportion to what is computed
     if space.asymmetry > ASYMMETRIC * stop.floor * float(np.abs(value).max()):
         bound = np.maximum(bound, space.asymmetry)
     return Eigenpairs(
-        eigenvalue=value[index],
+        eigenvalue=found,
         eigenvector=vector,
         residual=residual[index],
-        error_bound=bound[index],
-        converged=stop.met(value, bound)[index],
+        error_bound=bound,
+        converged=stop.met(found, bound, value),
         n_matvec=space.n_matvec,
         orthogonality=space.orthogonality(),
         asymmetry=space.asymmetry,

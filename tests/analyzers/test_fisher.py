@@ -134,7 +134,7 @@ def test_a_few_samples_of_a_recurrent_network_are_not_converged_by_luck_and_have
     model, batches = Recurrent(), [(torch.randn(12, 4, 2), torch.randint(3, (12,)))]
     found = fisher(model, batches, LOSS, method="sampled", max_draws=2, tol=0.9, kl_check=False)
     assert not found.converged
-    assert "too few to tell their error: 2 times 1" in found.reason
+    assert "too few to tell the error: 2 by 1" in found.reason
     assert math.isnan(found["trace_stderr"])
     assert any("no standard error over samples; see trace_draw_stderr" in note for note in found.notes)
 
