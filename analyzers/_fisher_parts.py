@@ -74,7 +74,7 @@ class Task:
         self.values: dict[str, Any] = {"layer": np.array(list(self._layers), dtype=object)}
         self.notes: list[str] = []
         self.reasons: list[str] = []
-        self.spent = {"forwards": 1, "backwards": 2}
+        self.spent = {"forwards": 0, "backwards": 0}
 
     def choose(self, method: str, max_columns: int, noise_steps: int) -> None:
         """Exact or sampled, from the outputs of the first batch and the layers they come from.

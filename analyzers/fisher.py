@@ -85,7 +85,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     """For ten classes: a backward pass is some two forward passes."""
     del n_checkpoints
     columns = 10 if options.get("method", "auto") != "sampled" else 4
-    passes = 8 + 1 + 2 * columns + 3 + (8 if options.get("kl_check", True) else 0)
+    passes = 1 + 2 * columns + 3 + (8 if options.get("kl_check", True) else 0)
     passes += (1 + 2 * columns) if options.get("kfac", False) else 0
     return {"forwards": passes + 6 * int(options.get("noise_injection", 0))}
 

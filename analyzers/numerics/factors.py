@@ -7,6 +7,7 @@ products and weighted sums follow from the factors l and r, mostly without ever 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -16,6 +17,8 @@ from torch import Tensor
 
 BLOCK = 2**23
 """Entries of a temporary matrix: 64 MB in float64."""
+KEPT = 2**26
+"""Entries of gradients that are formed once and kept: 256 MB in float32."""
 
 
 class Factor(Protocol):
@@ -24,6 +27,10 @@ class Factor(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors it keeps."""
+
+    @property
+    def n_entries(self) -> int:
+        """Entries of all n gradients when they are formed."""
 
     def squared_norm(self) -> Tensor:
         """‖g_i‖², shape (n,), float64."""
@@ -56,6 +63,11 @@ class Dense:
     def nbytes(self) -> int:
         """Bytes of the tensors it keeps."""
         return self._rows.nbytes
+
+    @property
+    def n_entries(self) -> int:
+        """Entries of all n gradients when they are formed."""
+        return self._rows.numel()
 
     def squared_norm(self) -> Tensor:
         """‖g_i‖², shape (n,), float64."""
@@ -106,6 +118,11 @@ class Outer:
     def nbytes(self) -> int:
         """Bytes of the tensors it keeps."""
         return self.left.nbytes + self.right.nbytes
+
+    @property
+    def n_entries(self) -> int:
+        """Entries of all n gradients when they are formed."""
+        return len(self.left) * math.prod(self._shape)
 
     def squared_norm(self) -> Tensor:
         """‖g_i‖², shape (n,), float64."""
@@ -168,6 +185,11 @@ class Rows:
     def nbytes(self) -> int:
         """Bytes of the tensors it keeps."""
         return self.index.nbytes + self.values.nbytes
+
+    @property
+    def n_entries(self) -> int:
+        """Entries of all n gradients when they are formed."""
+        return len(self.index) * math.prod(self._shape)
 
     def squared_norm(self) -> Tensor:
         """‖g_i‖², shape (n,), float64."""
@@ -278,4 +300,12 @@ def _squared(rows: Tensor) -> Tensor:
 
 
 def _explicit_gram(one: Factor, other: Factor) -> Tensor:
-    return torch.cat([torch.cat([(a @ b.mT).double() for b in other.blocks()], 1) for a in one.blocks()])
+    """Of the gradients themselves; those of the second factor are formed once where they are few enough."""
+    theirs = list(other.blocks()) if other.n_entries <= KEPT else None
+    mine = theirs if theirs is not None and one is other else one.blocks()
+    rows = []
+    for a in mine:
+        rows.append(
+            torch.cat([(a @ b.mT).double() for b in (other.blocks() if theirs is None else theirs)], 1)
+        )
+    return torch.cat(rows)

@@ -3,9 +3,9 @@
 One forward pass keeps its graph and the inputs of the layers; a backward pass to the layers' *outputs* then
 gives δ for all samples at once, and a layer's rule (`layer_rules`) makes per-sample gradients of input and δ.
 Parameters without a rule (bare parameters, recurrent layers, packed attention weights) take a slow route:
-`torch.func.vmap` over samples, or a loop where that fails. Nothing is taken on trust: on every batch each
-parameter's Σ_i w_i g_i, for random w, is compared once with what autograd says, because a parameter may be
-without a gradient in one batch (an expert that sees no sample, a mask token) and have one in another.
+`torch.func.vmap` over samples, or a loop where that fails. Nothing is taken on trust: on some samples of
+every batch each parameter's Σ_i w_i g_i, for random w, is compared with what autograd says. A parameter may
+be without a gradient there (an expert that sees no sample, a mask token): then all samples are looked at.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from dynprobe.analyzers.numerics.evaluate import map_tensors
 from dynprobe.analyzers.numerics.factors import Dense, Factor, nothing, total
 from dynprobe.analyzers.numerics.layer_rules import LayerUse, Patches, rule_for
 from dynprobe.analyzers.numerics.losses import Loss
 from dynprobe.analyzers.numerics.model_function import _Caller
 from dynprobe.analyzers.numerics.sample_by_sample import Loop, n_samples, vectorised
 
+COMPARED = 32
+"""Samples of a batch on which the rules are compared with autograd."""
 ROUNDING = 100.0
 """Units of the last place of the whole gradient, below which a difference is nothing but rounding."""
 
@@ -40,6 +43,7 @@ class Routes:
     Args:
         slow: Parameters whose per-sample gradients no layer rule gives.
         compared: Those of them that the slow route was seen to give.
+        seen: Parameters that had a gradient when they were compared.
         settled: Whether all batches have been compared, see `settle`.
         vectorised: Whether `vmap` can follow the model; if not, a loop over samples does it.
         entries: Most entries of a sample's outputs.
@@ -47,6 +51,7 @@ class Routes:
 
     slow: set[str] = field(default_factory=set)
     compared: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
     settled: bool = False
     vectorised: bool = True
     entries: int = 1
@@ -242,6 +247,8 @@ class PerSamplePass:
                 right = not bool(part.any())
             if not right:
                 self.routes.slow.add(name)
+            elif bool(part.any()):
+                self.routes.seen.add(name)
         asked = [name for name in self._leaves if name in self.routes.slow - self.routes.compared]
         if asked:
             self._compare(asked, cotangent, weights, truth, whole)
@@ -278,10 +285,10 @@ def settle(
     parameters: Sequence[str] | None = None,
     routes: Routes | None = None,
 ) -> Routes:
-    """Compare the layers' rules with autograd on every batch, for what follows to trust the routes.
+    """Compare the layers' rules with autograd on samples of every batch, for what follows to trust them.
 
-    Cost: a forward pass, a gradient and one more backward pass with the rules. Routes that are settled are
-    returned as they are.
+    Cost: that of up to 32 samples per batch; three gradients of all data where a parameter has no gradient in
+    these. Routes that are settled are returned as they are.
 
     Args:
         model: In eval mode.
@@ -293,11 +300,24 @@ def settle(
         SamplesMixed: If samples influence each other.
     """
     routes = routes if routes is not None else Routes()
-    if not routes.settled:
-        for inputs, _ in batches:
-            PerSamplePass(model, inputs, parameters=parameters, routes=routes)
-        routes.settled = True
+    if routes.settled:
+        return routes
+    for inputs, _ in batches:
+        PerSamplePass(model, _few(inputs), parameters=parameters, routes=routes)
+    names = {name for name, _ in model.named_parameters()} if parameters is None else set(parameters)
+    for inputs, _ in batches:
+        if names <= routes.seen | routes.slow:
+            break
+        PerSamplePass(model, inputs, parameters=parameters, routes=routes)
+    routes.settled = True
     return routes
+
+
+def _few(inputs: Any) -> Any:
+    """Some samples, evenly spread."""
+    n = n_samples(inputs)
+    rows = torch.arange(0, n, max(1, n // COMPARED))[:COMPARED]
+    return map_tensors(lambda t: t[rows.to(t.device)] if t.dim() and len(t) == n else t, inputs)
 
 
 def loss_gradients(
@@ -315,12 +335,12 @@ def loss_gradients(
         batches: Pairs (inputs, targets).
         loss: Gives `per_sample(outputs, targets)`.
         parameters: Names; all when None.
-        routes: Trusted where they are settled; if not, each batch is compared with autograd.
+        routes: From `settle`; otherwise settled first.
 
     Yields:
         Per batch a factor per parameter name, and the losses, shape (n,), float64.
     """
-    routes = routes if routes is not None else Routes()
+    routes = settle(model, batches, parameters=parameters, routes=routes)
     for inputs, targets in batches:
         passed = PerSamplePass(model, inputs, parameters=parameters, routes=routes)
         losses, cotangent = loss_cotangent(loss, passed.outputs, targets)
