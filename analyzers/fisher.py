@@ -149,8 +149,7 @@ def fisher(
     E‖∇ℓ‖² with the data's own labels, is another quantity and stands beside it under its own name.
 
     Cost: exact, one forward pass and per class one backward pass with norms, 6 gradients of the data for a
-    multilayer perceptron with ten classes; sampled, a few backward passes; either way three gradients to
-    compare the layers' rules with automatic differentiation on all data.
+    multilayer perceptron with ten classes; sampled, a few backward passes.
 
     Args:
         model: The network; found unchanged afterwards, which is checked.

@@ -133,10 +133,10 @@ def lanczos(
     proven = search.expand()
     starts = 1
     while verify and (k > 2 or (k == 2 and which != "BE")) and search.may_go_on:
-        before, each = space.ritz()[0], max(VERIFY, space.n_matvec // 4)
+        before = space.ritz()[0]
         for _ in range(min(starts, n - space.size)):
             space.add_start()
-        search.spend(each * starts)
+        search.spend(max(VERIFY * starts, space.n_matvec // 4))
         if not space.finite or stop.unchanged(before, space.ritz()[0]):
             break
         proven = search.expand()
