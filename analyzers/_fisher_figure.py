@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("auto", "traces", "layers", "gradients")
@@ -123,7 +124,7 @@ def _draw_trace(panel: Any, runs: list[_Run]) -> None:
     panel.set_ylabel("trace of the Fisher information ± s.e.")
     panel.set_xlabel(runs[0].step_name)
     panel.legend(loc="best")
-    _space_steps(panel, runs)
+    space_steps(panel, np.concatenate([run.step for run in runs]))
     _open(panel)
 
 
@@ -155,7 +156,7 @@ def _draw_shares(panel: Any, run: _Run, layers: list[str], *, labelled: bool) ->
     if len(run.step) > 1:
         heights = [np.where(known, row, np.nan) for row in rows]
         panel.stackplot(run.step, *heights, colors=colours, labels=labels, linewidth=0.3, edgecolor="white")
-        _space_steps(panel, [run])
+        space_steps(panel, run.step)
         panel.set_xlim(run.step[0], run.step[-1])
     else:
         below = 0.0
@@ -180,7 +181,7 @@ def _draw_gradients(panel: Any, run: _Run, layers: list[str], *, labelled: bool)
     if shown.size:
         panel.set_yscale("log")
     panel.set_ylabel("gradient: std, mean (dotted)")
-    _space_steps(panel, [run])
+    space_steps(panel, run.step)
     _open(panel)
     _label_steps(panel, run, labelled=labelled)
 
@@ -197,18 +198,6 @@ def _label_steps(panel: Any, run: _Run, *, labelled: bool) -> None:
         panel.set_xlabel(run.step_name)
     else:
         panel.tick_params(labelbottom=False)
-
-
-def _space_steps(panel: Any, runs: list[_Run]) -> None:
-    """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
-    longest = max(runs, key=lambda run: len(run.step)).step
-    gaps = np.diff(longest)
-    if len(gaps) > 3 and gaps.min() > 0 and np.ptp(longest) > 20 * np.median(gaps):
-        first = min(float(run.step[run.step > 0].min()) for run in runs if (run.step > 0).any())
-        last = max(float(run.step.max()) for run in runs)
-        panel.set_xscale("symlog", linthresh=first, linscale=0.3)
-        panel.set_xlim(-0.3 * first, 1.25 * last)  # its own margins would show negative steps
-        panel.xaxis.set_major_formatter("{x:g}")
 
 
 def _open(panel: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.break_even import break_even_step
 
@@ -56,7 +57,7 @@ def draw_gradient_covariance(result: Result, figure: Any) -> None:
     steps, name = _steps(result)
     for panel in (bottom_left, bottom_right):
         panel.set_xlabel(name)
-        _space_steps(panel, steps)
+        space_steps(panel, steps)
     if len(runs) > MAXIMAL_RUNS:
         top_left.set_title(f"the first {MAXIMAL_RUNS} of {len(runs)} runs", loc="left")
 
@@ -133,13 +134,3 @@ def _steps(result: Result) -> tuple[Floats, str]:
     if result["step"].dtype.kind in "if" and np.isfinite(result["step"].astype(float)).all():
         return result["step"].astype(float), "step"
     return np.arange(result.n_pieces, dtype=float), "checkpoint"
-
-
-def _space_steps(panel: Any, steps: Floats) -> None:
-    """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
-    steps = np.unique(steps)
-    if len(steps) == 1:
-        panel.set_xticks(steps)
-    gaps = np.diff(steps)
-    if len(gaps) > 3 and steps[0] >= 0 and np.ptp(steps) > 20 * np.median(gaps):
-        panel.set_xscale("symlog", linthresh=steps[steps > 0].min(), linscale=0.3)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("auto", "eigenvalues", "density", "along", "layers")
@@ -123,7 +124,7 @@ def _draw_eigenvalues(panel: Any, run: _Run) -> None:
     _scale(panel, eigenvalue[run.good].ravel())
     panel.set_ylabel(f"eigenvalue of the {run.matrix}")
     panel.set_xlabel(run.step_name)
-    _space_steps(panel, run)
+    space_steps(panel, run.step[run.good])
     panel.legend(fontsize=5)
 
 
@@ -207,7 +208,7 @@ def _draw_layers(panel: Any, run: _Run) -> None:
     panel.set_xlabel(run.step_name)
     if len(run.runs) > 1:
         panel.set_title(next(iter(run.runs)).replace("$", r"\$"), loc="left")
-    _space_steps(panel, run)
+    space_steps(panel, run.step[run.good])
     panel.legend(fontsize=4.5, ncols=2 if len(layers) > 6 else 1)
 
 
@@ -232,12 +233,3 @@ def _scale(panel: Any, values: Floats) -> None:
     positive = values[values > 0]
     if positive.size and positive.max() > 100 * np.median(np.abs(values)):
         panel.set_yscale("symlog", linthresh=float(max(np.median(np.abs(values)), 1e-3 * positive.max())))
-
-
-def _space_steps(panel: Any, run: _Run) -> None:
-    """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
-    steps = np.unique(run.step[run.good])
-    gaps = np.diff(steps)
-    if len(gaps) > 1 and gaps[-1] > 10 * gaps[0]:
-        panel.set_xscale("symlog", linthresh=steps[steps > 0].min(), linscale=0.3)
-        panel.set_xlim(left=-0.3 * steps[steps > 0].min() if steps[0] == 0 else steps[0])

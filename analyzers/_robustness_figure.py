@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._robustness import KINDS
+from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import FAILED, Result
 
 Floats = NDArray[np.float64]
@@ -174,14 +175,7 @@ def _draw_steps(panel: Any, data: _Measured) -> None:
         positive = data.curvature[np.isfinite(data.curvature)]
         if positive.size and positive.min() > 0 and positive.max() > 30 * positive.min():
             beside.set_yscale("log")
-    _space_steps(panel, data)
-
-
-def _space_steps(panel: Any, data: _Measured) -> None:
-    """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
-    steps = np.unique(data.step)
-    if len(steps) > 2 and np.ptp(steps) > 15 * np.diff(steps).min():
-        panel.set_xscale("symlog", linthresh=steps[steps > 0].min(), linscale=0.3)
+    space_steps(panel, data.step)
 
 
 def _add_legend(figure: Any, data: _Measured) -> None:

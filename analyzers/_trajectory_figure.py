@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("contour", "filled", "relief")
@@ -211,7 +212,7 @@ def _draw_losses(panel: Any, path: _Path) -> None:
     panel.set_ylabel("loss ± s.e.")
     panel.legend()
     panel.tick_params(labelbottom=False)
-    _space_steps(panel, path)
+    space_steps(panel, path.step)
 
 
 def _draw_distances(panel: Any, path: _Path) -> None:
@@ -224,12 +225,4 @@ def _draw_distances(panel: Any, path: _Path) -> None:
     panel.set_xlabel(path.step_name)
     panel.set_ylim(0, 1.5 * max(float(np.nanmax(path.along("distance"))), 1e-30))
     panel.legend(loc="upper right", ncols=2)
-    _space_steps(panel, path)
-
-
-def _space_steps(panel: Any, path: _Path) -> None:
-    """Steps saved at growing intervals are shown on a logarithmic axis that has a zero."""
-    gaps = np.diff(path.step)
-    if len(gaps) > 3 and gaps.min() > 0 and np.ptp(path.step) > 20 * np.median(gaps):
-        first = path.step[path.step > 0].min()
-        panel.set_xscale("symlog", linthresh=first, linscale=0.3)
+    space_steps(panel, path.step)

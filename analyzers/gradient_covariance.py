@@ -26,6 +26,7 @@ from dynprobe.analyzers._gradient_covariance import (
 )
 from dynprobe.analyzers._gradient_covariance_figure import draw_gradient_covariance
 from dynprobe.analyzers._hessian_parts import Task
+from dynprobe.analyzers._hessian_spectrum import Spectrum
 from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.break_even import break_even_step
@@ -336,7 +337,7 @@ def _trace(problem: Problem, batches: Any, seed: int) -> Task:
     """The Hessian's trace as `dynprobe hessian --trace` measures it."""
     names = [name for name, _ in problem.model.named_parameters()]
     task = Task(problem, list(batches), names, 1, "largest", 1e-3, seed)
-    task.spectrum(TRACE_TOL, MOST_PROBES, 0, 1)
+    Spectrum(task).measure(TRACE_TOL, MOST_PROBES, 0, 1)
     return task
 
 

@@ -23,6 +23,7 @@ from dynprobe.analyzers._curvature import (
 )
 from dynprobe.analyzers._hessian_figure import draw_hessian
 from dynprobe.analyzers._hessian_parts import Task
+from dynprobe.analyzers._hessian_spectrum import Spectrum
 from dynprobe.analyzers._sampling import check_repeatable, check_seed, subset_note
 from dynprobe.analyzers._training import training_facts
 from dynprobe.analyzers.numerics.evaluate import evaluate
@@ -296,7 +297,9 @@ def hessian(
         )
         task.solve()
         if trace or density:
-            task.spectrum(trace_tol if trace else None, max_probes, density_probes * density, density_steps)
+            Spectrum(task).measure(
+                trace_tol if trace else None, max_probes, density_probes * density, density_steps
+            )
         vector = task.pairs.eigenvector
         task.release()
         if layers:

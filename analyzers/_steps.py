@@ -1,0 +1,28 @@
+"""The step axis of the figures that analyzers draw themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def space_steps(panel: Any, steps: NDArray[Any]) -> None:
+    """Shows steps that were saved at growing intervals on a logarithmic axis that has a zero.
+
+    Args:
+        panel: A matplotlib axes.
+        steps: All steps drawn in it, in any order.
+    """
+    steps = np.unique(steps[np.isfinite(steps)])
+    gaps = np.diff(steps)
+    if len(steps) == 1:
+        panel.set_xticks(steps)
+    if len(gaps) < 2 or steps[0] < 0 or gaps[-1] <= 10 * gaps[0]:
+        return
+    first = float(steps[steps > 0].min())
+    panel.set_xscale("symlog", linthresh=first, linscale=0.3)
+    # the axis' own margins would show negative steps
+    panel.set_xlim(-0.3 * first if steps[0] == 0 else steps[0] / 1.25, 1.25 * steps[-1])
+    panel.xaxis.set_major_formatter("{x:g}")
