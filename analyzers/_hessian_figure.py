@@ -16,6 +16,7 @@ from dynprobe.analyzers.core.result import FAILED, Result
 STYLES = ("auto", "eigenvalues", "density", "along", "layers")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#777777"
+LEGEND: dict[str, Any] = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
 MOST_CURVES = 4
 """Checkpoints whose density or slice is drawn; the first and the last are among them."""
 
@@ -125,7 +126,7 @@ def _draw_eigenvalues(panel: Any, run: _Run) -> None:
     panel.set_ylabel(f"eigenvalue of the {run.matrix}")
     panel.set_xlabel(run.step_name)
     space_steps(panel, run.step[run.good])
-    panel.legend(fontsize=5)
+    panel.legend(fontsize=5, **LEGEND)
 
 
 def _explain_lines(panel: Any, run: _Run) -> None:
@@ -154,7 +155,7 @@ def _draw_spectrum(panel: Any, run: _Run) -> None:
     panel.set_ylabel(f"eigenvalue of the {run.matrix}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     if panel.get_legend_handles_labels()[1]:
-        panel.legend(fontsize=5)
+        panel.legend(fontsize=5, **LEGEND)
 
 
 def _draw_density(panel: Any, run: _Run) -> None:
@@ -172,7 +173,7 @@ def _draw_density(panel: Any, run: _Run) -> None:
     panel.set_ylim(0.3, 3 * highest)
     panel.set_xlabel("eigenvalue")
     panel.set_ylabel("eigenvalues (smoothed count)")
-    panel.legend(fontsize=5)
+    panel.legend(fontsize=5, **LEGEND)
 
 
 def _draw_along(panel: Any, run: _Run) -> None:
@@ -191,7 +192,7 @@ def _draw_along(panel: Any, run: _Run) -> None:
     panel.set_yscale("log")
     panel.set_xlabel("distance along the first eigenvector")
     panel.set_ylabel("loss ± s.e.")
-    panel.legend(fontsize=5)
+    panel.legend(fontsize=5, **LEGEND)
 
 
 def _draw_layers(panel: Any, run: _Run) -> None:
@@ -209,7 +210,7 @@ def _draw_layers(panel: Any, run: _Run) -> None:
     if len(run.runs) > 1:
         panel.set_title(next(iter(run.runs)).replace("$", r"\$"), loc="left")
     space_steps(panel, run.step[run.good])
-    panel.legend(fontsize=4.5, ncols=2 if len(layers) > 6 else 1)
+    panel.legend(fontsize=4.5, ncols=2 if len(layers) > 6 else 1, **LEGEND)
 
 
 def _colours(count: int) -> list[Any]:

@@ -25,4 +25,6 @@ def space_steps(panel: Any, steps: NDArray[Any]) -> None:
     panel.set_xscale("symlog", linthresh=first, linscale=0.3)
     # the axis' own margins would show negative steps
     panel.set_xlim(-0.3 * first if steps[0] == 0 else steps[0] / 1.25, 1.25 * steps[-1])
+    powers = 10.0 ** np.arange(np.ceil(np.log10(first)), np.floor(np.log10(steps[-1])) + 1)
+    panel.set_xticks([*([0.0] if steps[0] == 0 else []), *(powers if len(powers) else [first])])
     panel.xaxis.set_major_formatter("{x:g}")
