@@ -14,7 +14,7 @@ from dynprobe.analyzers._curvature import Batches, End, Problem, disjoint_subset
 from dynprobe.analyzers._sampling import Meter, Sampler, chosen_metrics, stacked
 from dynprobe.analyzers.numerics.batch_operator import BatchOperator
 from dynprobe.analyzers.numerics.krylov import KrylovSpace
-from dynprobe.analyzers.numerics.lanczos import INSIDE, Eigenpairs
+from dynprobe.analyzers.numerics.lanczos import ASYMMETRIC, INSIDE, Eigenpairs
 from dynprobe.analyzers.numerics.params import layers_of
 from dynprobe.analyzers.numerics.surface import Surface
 
@@ -110,9 +110,10 @@ class Task:
         }
         if self.end == "largest" and self.top_k > 1:
             self.values |= gap(found.eigenvalue)
+        allowed = max(self.tol, ASYMMETRIC * self.operator.rounding)
         if found.space is None:
             self.reasons.append("a product of the matrix is NaN or infinite")
-        elif found.asymmetry > self.tol * np.abs(found.eigenvalue).max():
+        elif found.asymmetry > allowed * float(np.abs(found.eigenvalue).max()):
             self.reasons.append(
                 f"the products are not those of a symmetric matrix (off by {found.asymmetry:.2g}): an "
                 "operation of the network has a wrong second derivative, or is not the same every time"
