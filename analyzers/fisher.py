@@ -12,7 +12,7 @@ import torch
 from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
 from dynprobe.analyzers._fisher_figure import draw_fisher
 from dynprobe.analyzers._fisher_parts import SQUARED, Task
-from dynprobe.analyzers._sampling import check_seed, subset_note
+from dynprobe.analyzers._sampling import check_repeatable, check_seed, subset_note
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.losses import as_loss
 from dynprobe.analyzers.numerics.params import frozen_eval
@@ -187,6 +187,7 @@ def fisher(
     check_seed(seed)
     _check_options(tol, kl_check, kl_size, kfac, damping, noise_injection, noise_beta)
     with frozen_eval(model):
+        check_repeatable(model, batches)
         task = Task(model, list(batches), as_loss(loss), progress, seed)
         task.choose(method, max_columns, noise_injection)
         task.trace(tol, max_draws)

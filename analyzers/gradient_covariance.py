@@ -27,7 +27,7 @@ from dynprobe.analyzers._gradient_covariance import (
 from dynprobe.analyzers._gradient_covariance_figure import draw_gradient_covariance
 from dynprobe.analyzers._hessian_parts import Task
 from dynprobe.analyzers._hessian_spectrum import Spectrum
-from dynprobe.analyzers._sampling import check_seed, subset_note
+from dynprobe.analyzers._sampling import check_repeatable, check_seed, subset_note
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.break_even import break_even_step
 from dynprobe.analyzers.numerics.covariance import GradientCovariance, Partition, partition
@@ -272,6 +272,7 @@ def gradient_covariance(
         notes.append(f"K of {n_samples} samples and {n_parameters} parameters has rank at most {k}")
     loss = as_loss(loss)
     with frozen_eval(model):
+        check_repeatable(model, batches)
         problem = Problem(model, loss, memory=memory * GIGABYTE)
         sharp, along = _curvature(problem, batches, min(hessian_top_k, n_parameters), tol, seed)
         found = _covariance(problem, batches, groups, k, tol, seed)

@@ -19,6 +19,8 @@ from dynprobe.analyzers._training import training_facts
 from dynprobe.analyzers.core.contract import declaration_of, labelled
 from dynprobe.analyzers.core.loop import MemoryStore
 from dynprobe.analyzers.core.result import Piece, stack
+from dynprobe.analyzers.fisher import fisher
+from dynprobe.analyzers.gradient_covariance import gradient_covariance
 from dynprobe.analyzers.hessian import hessian
 from dynprobe.analyzers.numerics.losses import get_loss
 
@@ -468,8 +470,9 @@ def test_a_network_that_is_another_function_at_every_call_is_refused():
             return self.layer(nn.functional.dropout(x, 0.5))
 
     batches = [(torch.randn(9, 4), torch.randint(0, 3, (9,)))]
-    with pytest.raises(OptionError, match="other outputs for the same inputs"):
-        hessian(Random().eval(), batches, CE, top_k=1)
+    for measure in (hessian, fisher, gradient_covariance):
+        with pytest.raises(OptionError, match="other outputs for the same inputs"):
+            measure(Random().eval(), batches, CE)
 
 
 def test_graphs_and_krylov_vectors_are_let_go_before_other_matrices_are_solved(monkeypatch):
