@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._steps import space_steps
+from dynprobe.analyzers._steps import space_steps, step_axis
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("auto", "traces", "layers", "gradients")
@@ -72,12 +72,9 @@ class _Run:
     def __init__(self, result: Result, name: str, rows: NDArray[np.intp], colour: str) -> None:
         self._result = result
         self.name, self.colour = name.replace("$", r"\$"), colour
-        steps = np.atleast_1d(result["step"]) if "step" in result else np.arange(result.n_pieces)
-        numeric = steps.dtype.kind in "if" and bool(np.isfinite(steps[rows].astype(float)).all())
-        place = steps.astype(float) if numeric else np.arange(result.n_pieces, dtype=float)
+        place, self.step_name = step_axis(result, rows)
         self._rows = rows[np.argsort(place[rows], kind="stable")]
         self.step: Floats = place[self._rows]
-        self.step_name = "step" if numeric else "checkpoint"
         self.layers = [str(layer) for layer in result["layer"]]
 
     def __getitem__(self, name: str) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynprobe.analyzers._steps import space_steps
+from dynprobe.analyzers._steps import space_steps, step_axis
 from dynprobe.analyzers.core.result import Result
 from dynprobe.analyzers.numerics.break_even import break_even_step
 
@@ -54,7 +54,7 @@ def draw_gradient_covariance(result: Result, figure: Any) -> None:
         top_right.legend(handles=line)
     if len(runs) > 1:
         top_left.legend()
-    steps, name = _steps(result)
+    steps, name = step_axis(result)
     for panel in (bottom_left, bottom_right):
         panel.set_xlabel(name)
         space_steps(panel, steps)
@@ -68,7 +68,7 @@ class _Run:
     def __init__(self, result: Result, name: str, colour: str) -> None:
         self._result, self._colour = result, colour
         self._name = name.replace("$", r"\$")
-        steps = _steps(result)[0]
+        steps = step_axis(result)[0]
         mine = np.flatnonzero(result["run"].astype(str) == name)
         self._mine = mine[np.argsort(steps[mine], kind="stable")]
         self.step = steps[self._mine]
@@ -127,10 +127,3 @@ def _finish_stability(result: Result, panel: Any) -> None:
         panel.set_yscale("log")
     else:
         panel.set_ylim(0, 1.15 * max(1.0, float(known.max())))
-
-
-def _steps(result: Result) -> tuple[Floats, str]:
-    """Steps of the pieces, and what they are called."""
-    if result["step"].dtype.kind in "if" and np.isfinite(result["step"].astype(float)).all():
-        return result["step"].astype(float), "step"
-    return np.arange(result.n_pieces, dtype=float), "checkpoint"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._steps import space_steps
+from dynprobe.analyzers._steps import space_steps, step_axis
 from dynprobe.analyzers.core.result import FAILED, Result
 
 STYLES = ("auto", "eigenvalues", "density", "along", "layers")
@@ -69,10 +69,7 @@ class _Run:
         self.matrix = {"ggn": "Gauss–Newton matrix", "fisher": "Fisher matrix"}.get(chosen, "Hessian")
         status = np.atleast_1d(result["status"])
         self.good = np.flatnonzero(status != FAILED)
-        steps = np.atleast_1d(result["step"]) if "step" in result else np.arange(len(status))
-        numeric = steps.dtype.kind in "if" and bool(np.isfinite(steps[self.good].astype(float)).all())
-        self.step = steps.astype(float) if numeric else np.arange(len(status), dtype=float)
-        self.step_name = "step" if numeric else "checkpoint"
+        self.step, self.step_name = step_axis(result, self.good)
         names = np.atleast_1d(result["run"]).astype(str) if "run" in result else np.full(len(status), "")
         self.runs = {name: self.good[names[self.good] == name] for name in dict.fromkeys(names[self.good])}
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._robustness import KINDS
-from dynprobe.analyzers._steps import space_steps
+from dynprobe.analyzers._steps import space_steps, step_axis
 from dynprobe.analyzers.core.result import FAILED, Result
 
 Floats = NDArray[np.float64]
@@ -74,10 +74,7 @@ class _Measured:
             self.high = self.value + along("loss_stderr")
         self.curvature = along("lambda_max") if "lambda_max" in result else None
         n = len(self.value)
-        steps = along("step") if "step" in result else np.arange(n)
-        numeric = steps.dtype.kind in "if" and bool(np.isfinite(steps.astype(float)).all())
-        self.step = steps.astype(float) if numeric else np.arange(n, dtype=float)
-        self.step_name = "step" if numeric else "checkpoint"
+        self.step, self.step_name = step_axis(result)
         names = along("run") if "run" in result else np.full(n, "")
         status = np.atleast_1d(result["status"])
         self.runs: dict[str, list[int]] = {}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dynprobe.analyzers import Measurement
+from dynprobe.analyzers._curvature import Problem
 from dynprobe.analyzers._masking import (
     CHECKS,
     Probe,
@@ -23,9 +24,8 @@ from dynprobe.analyzers._masking import (
 from dynprobe.analyzers._robustness import Campaign, Outcome, half_radius, stderr, table_of
 from dynprobe.analyzers._sampling import Floats
 from dynprobe.analyzers.numerics.attacks import wilson
-from dynprobe.analyzers.numerics.hvp import HessianOperator, NoSecondDerivative
-from dynprobe.analyzers.numerics.lanczos import lanczos
 from dynprobe.analyzers.numerics.losses import Loss
+from dynprobe.analyzers.numerics.model_function import NoSecondDerivative
 
 
 class Eigenvalue:
@@ -42,15 +42,8 @@ def largest_eigenvalue(model: torch.nn.Module, batches: Any, loss: Loss, seed: i
     """Largest eigenvalue of the Hessian of the mean loss with respect to the weights, by Lanczos."""
     found = Eigenvalue()
     try:
-        operator = HessianOperator(model, batches, loss)
-        pairs = lanczos(
-            operator.matvec,
-            operator.n_parameters,
-            k=1,
-            seed=seed,
-            device=operator.device,
-            rounding=operator.rounding,
-        )
+        problem = Problem(model, loss)
+        pairs = problem.eigenpairs(problem.operator(list(batches)), 1, seed=seed)
     except NoSecondDerivative as error:
         found.values = {"lambda_max": math.nan, "lambda_max_residual": math.nan}
         found.notes.append(f"lambda_max is missing: {error}")

@@ -7,6 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynprobe.analyzers.core.result import Result
+
+
+def step_axis(result: Result, pieces: NDArray[np.intp] | None = None) -> tuple[NDArray[np.float64], str]:
+    """Where each piece stands along the axis, and what that is: its step, or its place where one has none.
+
+    Args:
+        result: With a leading dimension or a single piece.
+        pieces: Those that need a step; all when None.
+    """
+    steps = np.atleast_1d(result["step"]) if "step" in result else np.arange(result.n_pieces)
+    needed = steps if pieces is None else steps[pieces]
+    if steps.dtype.kind in "if" and bool(np.isfinite(needed.astype(float)).all()):
+        return steps.astype(float), "step"
+    return np.arange(result.n_pieces, dtype=float), "checkpoint"
+
 
 def space_steps(panel: Any, steps: NDArray[Any]) -> None:
     """Shows steps that were saved at growing intervals on a logarithmic axis that has a zero.

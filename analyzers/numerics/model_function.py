@@ -21,7 +21,7 @@ class NoSecondDerivative(RuntimeError):
     """An operation of the model has no second derivative in this version of torch."""
 
 
-class _Caller(nn.Module):
+class Caller(nn.Module):
     """Makes `call(model, inputs)` a module, which `functional_call` can fill with other weights."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,6 +29,7 @@ class _Caller(nn.Module):
         self.model = model
 
     def forward(self, inputs: Any) -> Tensor:
+        """Outputs of the model."""
         return call(self.model, inputs)
 
 
@@ -86,7 +87,7 @@ class ModelFunction:
         _refuse_unknown("at", at, {**weights, **buffers})
         if mode not in ("eval", "train"):
             raise ValueError(f"`mode` must be eval or train, got {mode!r}.")
-        self._caller = _Caller(model)
+        self._caller = Caller(model)
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._normalising = normalising_layers(model) if mode == "train" else []
         self.fixed = {name: at.get(name, value).detach() for name, value in buffers.items()}

@@ -23,7 +23,7 @@ from dynprobe.analyzers.numerics.evaluate import map_tensors
 from dynprobe.analyzers.numerics.factors import Dense, Factor, nothing, total
 from dynprobe.analyzers.numerics.layer_rules import LayerUse, Patches, rule_for
 from dynprobe.analyzers.numerics.losses import Loss
-from dynprobe.analyzers.numerics.model_function import _Caller
+from dynprobe.analyzers.numerics.model_function import Caller
 from dynprobe.analyzers.numerics.sample_by_sample import Loop, n_samples, vectorised
 
 COMPARED = 32
@@ -94,7 +94,7 @@ class PerSamplePass:
         chosen = list(own) if parameters is None else list(parameters)
         self._leaves = {name: own[name].detach().requires_grad_() for name in chosen}
         self._fixed = {name: p.detach() for name, p in own.items() if name not in self._leaves}
-        self._caller, self._inputs = _Caller(model), inputs
+        self._caller, self._inputs = Caller(model), inputs
         # cuDNN's recurrent layers have no backward pass in eval mode
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._n = n_samples(inputs)
