@@ -84,11 +84,12 @@ _HINTS = _hints()
 def _applies(declaration: Declaration, needs: str) -> bool:
     """Whether a shared option means anything to this analyzer: no option is accepted and ignored."""
     model = declaration.builds_model(available=True)
-    batches = declaration.wants("batches")
+    batches = declaration.wants("batches") or declaration.wants("activations")
     special = {
         "": True,
         "pair": declaration.grain == "pair",
         "model": model,
+        "batches": batches,
         "code": model or batches or declaration.wants("loss"),
         "random": batches or any(o.name == "seed" for o in declaration.options),
         "figure": declaration.figure is not None,

@@ -57,10 +57,13 @@ def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
     if plan.declaration.cost is None or not to_do:
         return cost
     n_checkpoints = max(len(unit.workspaces) for unit in plan.units)
+    # what is recorded of a checkpoint serves all its pairs
+    recorded = plan.declaration.wants("activations")
+    n_units = len({id(w) for p in plan.mine for w in plan.units[p].workspaces}) if recorded else to_do
     for name, count in plan.declaration.cost(plan.job.options, n_checkpoints).items():
         if count:
-            cost[name] = count * to_do
-    if "forwards" in cost and plan.declaration.wants("batches"):
+            cost[name] = count * n_units
+    if "forwards" in cost and (recorded or plan.declaration.wants("batches")):
         try:
             seconds = _seconds_per_forward(plan)
         except Exception as error:

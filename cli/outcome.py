@@ -135,7 +135,7 @@ def summarised(
     """
     if declaration.summary is None:
         return result
-    groups = _by_run(result)
+    groups = _by_run(result) if declaration.summary_of == "run" else {"": result}
     rows = {name: _summary(declaration, name, part, warn) for name, part in groups.items()}
     known = next((row for row in rows.values() if row), None)
     if known is None:
@@ -143,6 +143,8 @@ def summarised(
     arrays = dict(result.arrays)
     lead = ("summary_run",) if len(groups) > 1 else ()
     for name, var in declaration.summary_returns.items():
+        if name not in known:
+            continue
         missing = np.full(known[name].shape, np.nan)
         values = np.array([row.get(name, missing) for row in rows.values()])
         arrays[name] = Array(
@@ -173,10 +175,16 @@ def _summary(
         return {}
     try:
         row = declaration.summary(result)
-        return {name: np.asarray(row[name]) for name in declaration.summary_returns}
+        wanted = declaration.summary_returns
+        return {n: _values(row[n]) for n, var in wanted.items() if n in row or not var.optional}
     except Exception as error:  # the pieces are measured: they must not be lost over their summary
         warn(f"{run or declaration.name}: no summary: {type(error).__name__}: {error}")
         return {}
+
+
+def _values(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array.astype(object) if array.dtype.kind in "US" else array
 
 
 def _with_earlier(

@@ -110,6 +110,7 @@ def provenance(request: Request, plan: Plan, report: Path) -> dict[str, Any]:
         "mode": "eval (dropout off, BatchNorm statistics frozen) unless an option above says otherwise",
         "planned": len(plan.units),
         "table": list(plan.declaration.table),
+        "matrix": plan.declaration.matrix,
         "folders": relative_folders(folders(plan), report),
     }
     if request.shard:

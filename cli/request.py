@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Format = Literal["table", "json", "csv"]
-Pairs = Literal["auto", "consecutive", "first", "last", "all", "same-step"]
+Pairs = Literal["auto", "consecutive", "first", "last", "all", "same-step", "self"]
 
 
 def _option(
@@ -60,6 +60,28 @@ class Request:
         panel=WHICH,
         needs="pair",
         help="Which checkpoints to compare; auto: same-step between runs, consecutive within one.",
+    )
+    against: str | None = _option(
+        None,
+        "--against",
+        panel=WHICH,
+        needs="pair",
+        help="Compare every checkpoint with this one: final, first, a step of its run, or a file.",
+    )
+    group: list[str] = _option(
+        (),
+        "--group",
+        panel=WHICH,
+        needs="activations",
+        help="NAME=GLOB puts the runs that match into a group, repeat for more; or a key of the manifests' "
+        "[groups]. Groups are compared layer by layer.",
+    )
+    transpose: bool = _option(
+        False,
+        "--transpose",
+        panel=WHICH,
+        needs="activations",
+        help="Saved activations are (n_features, n_samples).",
     )
 
     model: str | None = _option(
@@ -146,6 +168,14 @@ class Request:
     )
     dry_run: bool = _option(
         False, "--dry-run", panel=HOW, help="Say what would be done and what it would cost."
+    )
+
+    keep_activations: str | None = _option(
+        None,
+        "--keep-activations",
+        panel=HOW,
+        needs="activations",
+        help="Folder that keeps what was recorded: later calls read it instead of running the networks.",
     )
 
     output: str | None = _option(

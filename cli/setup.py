@@ -19,8 +19,9 @@ from dynprobe.io.manifest import EXAMPLE, Manifest, Spec, merge_spec, parse_args
 if TYPE_CHECKING:
     import torch
 
+    from dynprobe.analyzers.core.activations import Kept
+    from dynprobe.analyzers.core.contract import Declaration
     from dynprobe.cli.request import Request
-    from dynprobe.io.checkpoints import Checkpoint
     from dynprobe.io.checkpoints import Sequence as Checkpoints
     from dynprobe.io.data import Dataset
 
@@ -30,7 +31,7 @@ class PreparedRun:
     """A run with what it needs, and its chosen checkpoints."""
 
     run: Run
-    chosen: list[Checkpoint]
+    chosen: Sequence[CheckpointLike]
     notes: list[str]
     warnings: list[str]
     specs: Specs
@@ -115,16 +116,30 @@ def _from_config(sequence: Checkpoints, typed: Spec | None) -> Spec | None:
     return typed
 
 
-def prepare(request: Request, shared: SharedData | None = None) -> list[PreparedRun]:
+def prepare(request: Request, declaration: Declaration | None = None) -> list[PreparedRun]:
     """Open the runs of a request and say how each one's model, data and loss are made; nothing is built yet.
+
+    Args:
+        request: The call.
+        declaration: What is to be measured: where it asks for activations, saved ones may stand for runs.
 
     Raises:
         InputError: If a run or step does not exist, or an option cannot be parsed.
     """
+    shared = SharedData(request)
+    runs, saved = request.runs, []
+    if declaration is not None and declaration.wants("activations"):
+        from dynprobe.cli.saved import prepare_saved, told_apart
+
+        runs, files = told_apart(request)
+        saved = prepare_saved(request, files, shared)
+    return [*(_prepare_networks(request, runs, shared) if runs else []), *saved]
+
+
+def _prepare_networks(request: Request, runs: list[str], shared: SharedData) -> list[PreparedRun]:
     from dynprobe.io.checkpoints import open_runs
 
-    sequences = open_runs(request.runs, key=request.key, ema=request.ema, step_pattern=request.step_pattern)
-    shared = shared or SharedData(request)
+    sequences = open_runs(runs, key=request.key, ema=request.ema, step_pattern=request.step_pattern)
     prepared = []
     for sequence in sequences:
         specs = Specs.of(request, sequence)
@@ -149,6 +164,7 @@ class SharedData:
         self._request = request
         self._datasets: dict[str, Dataset] = {}
         self._batches: dict[str, Any] = {}
+        self._input_hashes: dict[str, str] = {}
 
     def dataset(self, spec: Spec) -> Dataset:
         """The data of a specification, the seeded subset where one was asked for."""
@@ -171,6 +187,25 @@ class SharedData:
                 request.batch_size, device=self.device, dtype=self.dtype
             )
         return self._batches[key]
+
+    def input_hash(self, spec: Spec) -> str:
+        """Hash of the inputs as the networks see them, whatever the targets are."""
+        from dynprobe.analyzers.numerics.activations import input_hash
+
+        key = f"{spec.name} {sorted(spec.args.items())}"
+        if key not in self._input_hashes:
+            self._input_hashes[key] = input_hash(self.batches(spec))
+        return self._input_hashes[key]
+
+    @cached_property
+    def kept(self) -> Kept | None:
+        """The folder of recorded activations that the request names."""
+        folder = self._request.keep_activations
+        if not folder:
+            return None
+        from dynprobe.io.kept_activations import KeptActivations
+
+        return KeptActivations(Path(folder))
 
     @cached_property
     def device(self) -> torch.device:
@@ -242,6 +277,8 @@ def _setup(request: Request, specs: Specs, shared: SharedData) -> Setup:
         training=specs.manifest.training,
         groups=specs.manifest.groups,
         has_model=specs.model is not None,
+        make_input_hash=lambda: shared.input_hash(specs.need("data")),
+        kept=shared.kept,
     )
 
 
@@ -274,11 +311,13 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
     names = {need.removesuffix("_a").removesuffix("_b") for need in needs}
     whole_run = bool(names & {"checkpoints", "runs"})
     facts: dict[str, Any] = {}
-    if specs.model and ("model" in names or whole_run):
+    if specs.model and (names & {"model", "activations"} or whole_run):
         facts["model"] = _described(specs.model)
         facts["dtype"] = request.dtype
     if specs.data and "batches" in names:
         facts["data"] = shared.dataset(specs.data).hash
+    if specs.data and "activations" in names:
+        facts["inputs"] = shared.input_hash(specs.data)
     if specs.test_data and "test_batches" in names:
         facts["test_data"] = shared.dataset(specs.test_data).hash
     if specs.loss and "loss" in names:

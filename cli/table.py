@@ -15,6 +15,7 @@ import numpy as np
 
 from dynprobe.analyzers.core.result import Array, Result
 from dynprobe.cli.document import document
+from dynprobe.cli.matrix import print_matrices
 from dynprobe.cli.numbers import number, with_error
 from dynprobe.cli.plain_table import print_csv, print_rows
 from dynprobe.io.plain_json import dumps
@@ -220,6 +221,7 @@ def _print_table(result: Result) -> None:
         print()
         right = [n for n in names if not n.startswith(("run", "checkpoint_run", "file", "status"))]
         print_rows(names, list(zip(*(table[n] for n in names), strict=True)), right=right)
+    print_matrices(result)
     every_row = [", ".join(f"{name} {cell}" for name, cell in constant.items())] if constant else []
     for title, lines in {"in every row": every_row, **_below(result)}.items():
         if lines:
@@ -236,9 +238,10 @@ def _constant(table: Mapping[str, list[str]]) -> dict[str, str]:
 
 def _below(result: Result) -> Mapping[str, list[str]]:
     """What stands under the table: numbers about whole runs, failures, notes."""
+    found = result["finding"].astype(str).tolist() if "finding" in result else []
     notes = dict.fromkeys(n for text in np.atleast_1d(result["notes"]).tolist() for n in text.splitlines())
     failures = [f"{what}: {reason}" for what, reason in result.failures()]
-    return {"whole run": _summary(result), "not ok": failures, "notes": list(notes)}
+    return {"found": found, "whole run": _summary(result), "not ok": failures, "notes": list(notes)}
 
 
 def _summary(result: Result) -> list[str]:

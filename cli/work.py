@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.analyzers.core import registry
 from dynprobe.analyzers.core.contract import Declaration
-from dynprobe.analyzers.core.loop import Job, Unit, checkpoint_units, group_unit, pair_unit, run_unit
+from dynprobe.analyzers.core.loop import Job, Unit, checkpoint_units, group_unit, run_unit
 from dynprobe.analyzers.core.result import Piece
+from dynprobe.cli.pairs import pair_units
 from dynprobe.cli.setup import PreparedRun, prepare
 from dynprobe.io.errors import InputError
 
@@ -55,9 +55,9 @@ def make_plan(request: Request) -> Plan:
     Raises:
         InputError: If nothing could be measured: no run, no model, no data, no checkpoint that fits.
     """
-    declaration = find_analyzer(request.analyzer)
-    prepared = prepare(request)
-    units = _units(declaration, prepared, request.pairs)
+    declaration = find_analyzer(request.analyzer).resolved(request.options)
+    prepared = prepare(request, declaration)
+    units = _units(declaration, prepared, request)
     job = Job(declaration, request.options, fresh=request.fresh)
     chunks = chunked(job, units)
     mine = [position for chunk in _shard(request.shard, len(chunks)) for position in chunks[chunk]]
@@ -66,42 +66,14 @@ def make_plan(request: Request) -> Plan:
     return Plan(declaration, job, prepared, units, mine)
 
 
-def _units(declaration: Declaration, prepared: list[PreparedRun], pairs: str) -> list[Unit]:
+def _units(declaration: Declaration, prepared: list[PreparedRun], request: Request) -> list[Unit]:
     if declaration.grain == "group":
         return [group_unit([(p.run, p.chosen) for p in prepared])]
     if declaration.grain == "run":
         return [run_unit(p.run, p.chosen) for p in prepared]
     if declaration.grain == "checkpoint":
         return [unit for p in prepared for unit in checkpoint_units(p.run, p.chosen)]
-    units = [pair_unit(a.run, x, b.run, y) for (a, x), (b, y) in _pairs(prepared, pairs)]
-    if not units:
-        raise InputError(
-            f"{declaration.name} compares checkpoints, and `--pairs {pairs}` finds no two among those given.",
-            "Give two runs, or a run with at least two checkpoints (see `dynprobe inspect`).",
-        )
-    return units
-
-
-Place = tuple[PreparedRun, Any]
-
-
-def _pairs(prepared: list[PreparedRun], how: str) -> Iterator[tuple[Place, Place]]:
-    if how == "auto":
-        how = "same-step" if len(prepared) > 1 else "consecutive"
-    places = [[(p, c) for c in p.chosen] for p in prepared]
-    if how == "same-step":
-        for one, other in itertools.combinations(places, 2):
-            by_step = {c.step: (p, c) for p, c in other}
-            yield from (((p, c), by_step[c.step]) for p, c in one if c.step in by_step)
-    elif how == "all":
-        yield from itertools.combinations([place for run in places for place in run], 2)
-    else:
-        for run in places:
-            if how == "consecutive":
-                yield from itertools.pairwise(run)
-            elif run:
-                fixed = run[0] if how == "first" else run[-1]
-                yield from ((place, fixed) for place in run if place is not fixed)
+    return pair_units(declaration, prepared, request)
 
 
 def chunked(job: Job, units: list[Unit]) -> list[list[int]]:
@@ -129,15 +101,24 @@ def _shard(text: str | None, total: int) -> list[int]:
 
 def _check_inputs(declaration: Declaration, prepared: list[PreparedRun], needed: tuple[str, ...]) -> None:
     """Build model, data and loss once per run now: what the user has to mend is said before any compute."""
-    kinds = {"model": "model", "data": "batches", "loss": "loss"}
+    recorded = declaration.wants("activations")
+    kinds = {
+        "model": declaration.wants("model") or recorded,
+        "data": declaration.wants("batches") or recorded,
+        "loss": declaration.wants("loss"),
+    }
     for each in prepared:
-        each.specs.require([kind for kind, field in kinds.items() if declaration.wants(field)])
         setup = each.run.setup
-        if declaration.wants("batches"):
+        if setup.saved:
+            if "batches" in needed:
+                _ = setup.batches
+            continue
+        each.specs.require([kind for kind, wanted in kinds.items() if wanted])
+        if kinds["data"]:
             _ = setup.batches
         if "test_batches" in needed:
             _ = setup.test_batches
-        if declaration.wants("loss"):
+        if kinds["loss"]:
             _ = setup.loss
         if declaration.builds_model(available=setup.has_model):
             setup.model()
@@ -168,6 +149,8 @@ def _misfit(declaration: Declaration, workspace: Any) -> Exception | None:
     checkpoint, setup = workspace.checkpoint, workspace.run.setup
     if checkpoint.problem:
         return InputError(f"{checkpoint.path}: {checkpoint.problem.removeprefix(f'{checkpoint.path}: ')}")
+    if setup.saved:
+        return None
     try:
         header = checkpoint.header()
         if declaration.builds_model(available=setup.has_model):

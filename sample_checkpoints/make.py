@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -66,23 +66,48 @@ CNN_TRAINING = {
 }
 PAIR_TRAINING = {"optimizer": "sgd", "schedule": "constant", "steps": 3000, "samples": 1438, "seed": 0}
 BLUR_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 1250, 1500, 1750, 2000, 2500)
+# Adam with a large step memorises the shuffled labels in half the steps that SGD needs.
+GROUP_TRAINING = {
+    "optimizer": "adam",
+    "learning_rate": 0.02,
+    "schedule": "cosine",
+    "batch_size": 100,
+    "steps": 1500,
+    "samples": 1000,
+}
+GROUP_SIZE = 5
+
+
+def thousand_digits(labels: str) -> dict[str, Any]:
+    """The same thousand training images with their true labels or with shuffled ones."""
+    if labels == "shuffled":
+        return {"inputs": "train_images", "targets": "train_shuffled_labels", "limit": 1000, **IMAGES}
+    return {"split": "train", "limit": 1000, **IMAGES}
 
 
 def cnn_run(about: str, seed: int, labels: str) -> SampleRun:
     """The BatchNorm CNN on a thousand digits."""
-    train = {"split": "train", "limit": 1000, **IMAGES}
-    if labels == "shuffled":
-        train = {"inputs": "train_images", "targets": "train_shuffled_labels", "limit": 1000, **IMAGES}
     return SampleRun(
         about,
         "cnn",
         {"width": 8, "classes": 10, "channels": 1},
         "../mnist.npz",
-        train,
+        thousand_digits(labels),
         {"split": "test", **IMAGES},
         {**CNN_TRAINING, "seed": seed},
         {"seed": seed, "labels": labels},
         "safetensors",
+    )
+
+
+def group_run(labels: str, member: int) -> SampleRun:
+    """One network of two groups that differ in their labels only; no two of them start alike."""
+    seed = member + (GROUP_SIZE if labels == "shuffled" else 0)
+    return replace(
+        cnn_run(f"one of {GROUP_SIZE} BatchNorm CNNs on {labels} labels, few checkpoints", seed, labels),
+        data="../../mnist.npz",
+        training={**GROUP_TRAINING, "seed": seed},
+        checkpoints=(0, 20, 200, 1500),
     )
 
 
@@ -175,6 +200,11 @@ RUNS = {
     "blur_control": blur_run("its control: never blurred", "none", 0),
     "small_lr_large_batch": pair_run("MLP with small steps and little noise", 0.05, 512, "small"),
     "large_lr_small_batch": pair_run("the same MLP with large steps and much noise", 0.2, 16, "large"),
+    **{
+        f"memorisation/{labels}_{member}": group_run(labels, member)
+        for labels in ("true", "shuffled")
+        for member in range(GROUP_SIZE)
+    },
 }
 
 
@@ -184,7 +214,7 @@ def train(name: str, root: Path = HERE) -> str:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "dynprobe.toml").write_text(manifest_text(run), encoding="utf-8")
     manifest = find_manifest(folder)
     assert manifest.data

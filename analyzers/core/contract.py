@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ FIELDS = {
     "batches": "the data as (inputs, targets) batches in a fixed order",
     "test_batches": "the test data likewise, None where there is none",
     "loss": "the loss: loss(outputs, targets), loss.per_sample(outputs, targets)",
+    "activations": "what its layers compute on the data, recorded once for all its pairs, or saved before",
     "previous": "the run's previous measurement, None at the first",
     "training": "facts from the manifest's [training]",
     "groups": "labels from the manifest's [groups]",
@@ -32,11 +33,11 @@ FIELDS = {
 
 RESERVED = BOOKKEEPING | {
     *("run", "step", "path", "hash", "runs", "checkpoint_run", "summary_run", "checkpoint", "pair"),
-    *(f"{name}_{half}" for name in ("run", "step", "path", "hash") for half in "ab"),
+    *(f"{name}_{half}" for name in ("run", "step", "path", "hash", "group") for half in "ab"),
 }
 """Names that the framework gives to labels, so that no variable may have them."""
 
-PAIRABLE = ("step", "path", "state", "model", "batches")
+PAIRABLE = ("step", "path", "state", "model", "batches", "activations")
 MARKER = "__dynprobe_analyzer__"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,6 +67,11 @@ class Range:
 
     min: float | None = None
     max: float | None = None
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """Marks a text option that names files, separated by commas: their contents decide the numbers too."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Option:
     default: Any
     help: str
     bounds: Range | None = None
+    is_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,9 @@ class Declaration:
         reads: `reads(options)`, the other checkpoints a measurement depends on.
         table: Variables the table on the screen shows; empty for all.
         skips: `skips(options)`, the needs that these options make superfluous.
+        summary_of: What `summary` sees at once: a `run` (or the pairs of two runs), or the whole `call`.
+        matrix: A variable of two dimensions that the screen shows as a matrix under the table.
+        under: `under(options)`, another grain and other returns under these options; empty for none.
     """
 
     name: str
@@ -166,6 +176,13 @@ class Declaration:
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
     table: tuple[str, ...] = ()
     skips: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
+    summary_of: Literal["run", "call"] = "run"
+    matrix: str = ""
+    under: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+    def resolved(self, options: Mapping[str, Any]) -> Declaration:
+        """The declaration as it is under these options."""
+        return replace(self, **self.under(options)) if self.under else self
 
     def needed(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """What the function needs under these options; anything else it is given as None."""
@@ -174,7 +191,8 @@ class Declaration:
 
     def builds_model(self, *, available: bool) -> bool:
         """Whether it may use a model, given whether something says how to build one."""
-        return self.wants("model") or (self.grain in ("run", "group") and available)
+        may = self.wants("activations") or self.grain in ("run", "group")
+        return self.wants("model") or (may and available)
 
     @property
     def group(self) -> str:
@@ -224,6 +242,9 @@ def analyzer(
     reads: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
     table: Sequence[str] = (),
     skips: Callable[[Mapping[str, Any]], Sequence[str]] | None = None,
+    summary_of: Literal["run", "call"] = "run",
+    matrix: str = "",
+    under: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> Callable[[Function], Function]:
     """Declare a plain function to be an analyzer; it stays the plain function.
 
@@ -240,6 +261,12 @@ def analyzer(
             report, JSON and CSV always hold everything.
         skips: Names of leading parameters that are not needed under these options: they are not made, are
             no part of the key for resuming, and the function gets None.
+        summary_of: What `summary` is given at once: the results of a `run` (of the pairs of two runs), or of
+            the whole `call`, where it compares runs.
+        matrix: A returned variable of two dimensions; the screen shows it as a matrix under the table.
+        under: For an analyzer that measures pairs or, under some options, single checkpoints:
+            `under(options)` gives the `grain` and `returns` that hold then, or nothing. Of
+            `activations_a, activations_b` a single checkpoint fills the first; the second is None.
 
     Raises:
         DeclarationError: At import, if the declaration cannot be followed.
@@ -257,6 +284,9 @@ def analyzer(
             reads=reads,
             table=tuple(table),
             skips=skips,
+            summary_of=summary_of,
+            matrix=matrix,
+            under=under,
         )
         setattr(function, MARKER, declaration)
         return function
@@ -299,6 +329,10 @@ def _declaration(
     _check_returns(title, returns, grain)
     if unknown := [n for n in extras["table"] if n not in {*returns, *extras["summary_returns"]}]:
         raise DeclarationError(f"{title}: table= names {unknown}, which it does not return")
+    if extras["matrix"] and len(returns.get(extras["matrix"], Var()).dims) != 2:
+        raise DeclarationError(
+            f"{title}: matrix= names {extras['matrix']!r}, which is not returned as a matrix"
+        )
     line = description.split("\n")[0]
     return Declaration(
         name=title,
@@ -340,7 +374,7 @@ def _grain(title: str, needs: list[str]) -> str:
     if wrong := [n for n in needs if n not in known]:
         raise unknown(wrong, known)
     if any(n in halves for n in needs):
-        if wrong := [n for n in needs if n in ("step", "path", "state", "model", "run", "previous")]:
+        if wrong := [n for n in needs if n in {*PAIRABLE, "run", "previous"} - {"batches"}]:
             raise DeclarationError(
                 f"{title} is measured on pairs, so {wrong} is ambiguous: say {wrong[0]}_a or {wrong[0]}_b."
             )
@@ -378,7 +412,9 @@ def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapp
             f"{title}: option {parameter.name} has no line under Args: in the docstring; "
             "it becomes the --help text"
         )
-    bounds = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)), None)
+    marks = getattr(hint, "__metadata__", ())
+    bounds = next((m for m in marks if isinstance(m, Range)), None)
+    is_file = any(isinstance(m, InputFile) for m in marks)
     base = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     inner = (
         [a for a in get_args(base) if a is not NoneType] if get_origin(base) in (Union, UnionType) else [base]
@@ -389,7 +425,7 @@ def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapp
             f"{title}: option {parameter.name} is {hint}; an option is one of "
             "int, float, str, bool, Literal[…], or one of these | None"
         )
-    return Option(parameter.name, base, parameter.default, arguments[parameter.name], bounds)
+    return Option(parameter.name, base, parameter.default, arguments[parameter.name], bounds, is_file)
 
 
 _SECTION = re.compile(r"^([A-Z][A-Za-z ]{2,30}):[ \t]*$", re.M)

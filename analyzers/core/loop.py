@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -137,8 +138,19 @@ def run_unit(run: Run, chosen: Sequence[Any]) -> Unit:
     return Unit({"run": run.name}, _shelved((run, chosen)), [run])
 
 
-def pair_unit(run_a: Run, a: Any, run_b: Run, b: Any) -> Unit:
-    """One unit for two checkpoints, of one run or of two."""
+def pair_unit(
+    run_a: Run, a: Any, run_b: Run, b: Any, shared: dict[tuple[int, str], Workspace] | None = None
+) -> Unit:
+    """One unit for two checkpoints, of one run or of two.
+
+    Args:
+        run_a: Run of the first.
+        a: The first.
+        run_b: Run of the second.
+        b: The second.
+        shared: Workspaces by run and path, for analyzers that never have both networks in memory: one for
+            every checkpoint, whatever the number of its pairs.
+    """
     index = {
         "run_a": run_a.name,
         "step_a": a.step,
@@ -147,7 +159,10 @@ def pair_unit(run_a: Run, a: Any, run_b: Run, b: Any) -> Unit:
         "step_b": b.step,
         "path_b": str(b.path),
     }
-    return Unit(index, [Workspace(a, run_a, "a"), Workspace(b, run_b, "b")])
+    if shared is None:
+        return Unit(index, [Workspace(a, run_a, "a"), Workspace(b, run_b, "b")])
+    places = ((run_a, a), (run_b, b))
+    return Unit(index, [shared.setdefault((id(r), str(c.path)), Workspace(c, r)) for r, c in places])
 
 
 def group_unit(chosen: Sequence[tuple[Run, Sequence[Any]]]) -> Unit:
@@ -191,9 +206,26 @@ def piece_key(job: Job, unit: Unit, previous: str = "") -> str:
     ]
     facts = [dict(run.setup.facts(needed)) for run in runs]
     chain = previous if "previous" in needed else ""
-    payload = [declaration.name, dict(job.options), code_hash(declaration), facts, hashes, places, chain]
+    options = dict(job.options) | _contents(declaration, job.options)
+    payload = [declaration.name, options, code_hash(declaration), facts, hashes, places, chain]
     text = json.dumps([*payload, unit.left_out], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _contents(declaration: Declaration, options: Mapping[str, Any]) -> dict[str, list[str]]:
+    """For options that name files, what those files hold: moved files are the same, changed ones are not."""
+    found: dict[str, list[str]] = {}
+    for option in declaration.options:
+        names = str(options.get(option.name) or "").split(",") if option.is_file else []
+        paths = [Path(name.strip()) for name in names if name.strip()]
+        if paths:
+            found[option.name] = [
+                hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+                if path.is_file()
+                else str(path)
+                for path in paths
+            ]
+    return found
 
 
 _CODE: dict[Callable[..., Any], str] = {}
@@ -256,8 +288,8 @@ def _prefetch(unit: Unit) -> None:
     if unit.problem or len(unit.workspaces) > 2:
         return
     for workspace in unit.workspaces:
-        if workspace.is_large:
-            continue  # two of them in memory may be one too many
+        if workspace.is_large or workspace.visited:
+            continue  # two large ones in memory may be one too many; one seen before may not be needed again
         try:
             _ = workspace.loaded
         except Exception as error:
@@ -307,7 +339,7 @@ def _one(job: Job, unit: Unit, store: Store, before: Piece | None) -> tuple[Piec
     arrays = labelled(job.declaration, measurement) | _checkpoint_labels(job.declaration, unit)
     piece = Piece(
         key,
-        {**unit.index, **{f"hash{w.slot and '_' + w.slot}": h for w, h in _hashes(unit)}},
+        {**unit.index, **_hashes(unit)},
         arrays,
         INCOMPLETE if unit.left_out else OK if measurement.converged else NOT_CONVERGED,
         "; ".join([*unit.left_out, *([measurement.reason] if measurement.reason else [])]),
@@ -349,8 +381,11 @@ class BrokenWeights(ValueError):
     tip = "the run had diverged when it was saved; `dynprobe check` lists all such checkpoints"
 
 
-def _hashes(unit: Unit) -> list[tuple[Workspace, str]]:
-    return [(w, w.hash) for w in unit.workspaces] if len(unit.workspaces) <= 2 and not unit.runs else []
+def _hashes(unit: Unit) -> dict[str, str]:
+    if unit.runs:
+        return {}
+    names = ("hash",) if len(unit.workspaces) == 1 else ("hash_a", "hash_b")
+    return {name: workspace.hash for name, workspace in zip(names, unit.workspaces, strict=True)}
 
 
 def _checkpoint_labels(declaration: Declaration, unit: Unit) -> dict[str, Array]:
@@ -391,6 +426,8 @@ def _arguments(job: Job, unit: Unit, store: Store, key: str, before: Piece | Non
             return cast("Any", shared[need])()
         workspace, name = first, need
         if need[-2:] in ("_a", "_b"):
+            if need.endswith("_b") and len(unit.workspaces) == 1:
+                return None
             workspace, name = unit.workspaces[need.endswith("_b")], need[:-2]
         return workspace.run.setup.batches if name == "batches" else getattr(workspace, name)
 

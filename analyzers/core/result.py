@@ -160,7 +160,7 @@ class Result:
         return replace(self, arrays=arrays)
 
 
-INTERNAL = frozenset({"index", "table", "folders"})
+INTERNAL = frozenset({"index", "table", "matrix", "folders"})
 """Attributes that say how to read and print a result, not where it comes from."""
 
 BOOKKEEPING = frozenset({"status", "reason", "seconds", "key", "notes"})

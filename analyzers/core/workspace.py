@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,8 @@ from dynprobe.analyzers.core.contract import OptionError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from dynprobe.analyzers.core.activations import Activations, Kept
 
 State = dict[str, "Tensor"]
 
@@ -66,6 +69,9 @@ class Setup:
         training: The manifest's `[training]`.
         groups: The manifest's `[groups]`.
         has_model: Whether something says how to build the model.
+        make_input_hash: Hash of the data's inputs; computed from the batches by default.
+        kept: Where recorded activations are kept beyond the call, or None.
+        saved: Whether the checkpoints are activations that were saved, and no weights.
     """
 
     make_model: Callable[[], torch.nn.Module]
@@ -80,6 +86,18 @@ class Setup:
     training: Mapping[str, Any] = field(default_factory=dict)
     groups: Mapping[str, Any] = field(default_factory=dict)
     has_model: bool = True
+    make_input_hash: Callable[[], str] | None = None
+    kept: Kept | None = None
+    saved: bool = False
+
+    @cached_property
+    def input_hash(self) -> str:
+        """Hash of the inputs and their order, whatever the targets are."""
+        if self.make_input_hash is not None:
+            return self.make_input_hash()
+        from dynprobe.analyzers.numerics.activations import input_hash
+
+        return input_hash(self.batches)
 
     @cached_property
     def batches(self) -> Any:
@@ -205,6 +223,10 @@ class Workspace:
         slot: Which of two models it fills, for analyzers of pairs.
         shelf: Workspaces of which only the one last looked at keeps its tensors, itself included;
             an analyzer of whole runs walks them with one checkpoint in memory.
+
+    Attributes:
+        notes: What was chosen, stripped or skipped when it was read.
+        visited: Whether it was let go of once: its hash is known, and what was recorded of it.
     """
 
     def __init__(
@@ -217,6 +239,8 @@ class Workspace:
         self.notes: list[str] = []
         self._loaded: Loaded | None = None
         self._hash = ""
+        self._non_finite: str | None = None
+        self.visited = False
 
     @property
     def step(self) -> int | float | None:
@@ -260,6 +284,34 @@ class Workspace:
         self.notes += [note for note in notes if note not in self.notes]
         return model
 
+    @cached_property
+    def activations(self) -> Activations:
+        """What its layers compute on the data; recorded when asked for."""
+        from dynprobe.analyzers.core.activations import Activations
+
+        setup = self.run.setup
+        facts = {"run": self.run.name, "step": self.step}
+        key = json.dumps([self.hash, dict(setup.facts(("activations",)))], sort_keys=True, default=str)
+        if setup.saved:
+            saved: Any = self.loaded
+            return Activations(
+                self.path,
+                key,
+                arrays={name: tensor.to(setup.device) for name, tensor in saved.state.items()},
+                input_hash=lambda: str(saved.input_hash),
+                treatment=saved.treatment,
+                sample=saved.sample,
+            )
+        return Activations(
+            self.path,
+            key,
+            model=lambda: self.model,
+            batches=lambda: setup.batches,
+            input_hash=lambda: setup.input_hash,
+            kept=setup.kept,
+            facts=facts,
+        )
+
     @property
     def hash(self) -> str:
         """Hash of the checkpoint's content, the same in every file format."""
@@ -268,9 +320,15 @@ class Workspace:
     def release(self) -> None:
         """Let go of the tensors."""
         self._loaded = None
+        self.visited = True
 
     def non_finite(self) -> str:
         """A sentence naming the first tensor that holds NaN or infinity, or an empty string."""
+        if self._non_finite is None:
+            self._non_finite = self._first_non_finite()
+        return self._non_finite
+
+    def _first_non_finite(self) -> str:
         for name, tensor in self.state.items():
             if tensor.is_floating_point() or tensor.is_complex():
                 values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 knows no isfinite

@@ -15,6 +15,9 @@ from dynprobe.io.checkpoints import open_runs
 from dynprobe.io.data import load_data
 from dynprobe.io.models import build_model, fit_state
 
+GROUPS = {
+    labels: [f"memorisation/{labels}_{member}" for member in range(5)] for labels in ("true", "shuffled")
+}
 NAMES = [
     "bn_cnn_seed0",
     "bn_cnn_seed1",
@@ -25,6 +28,8 @@ NAMES = [
     "blur_control",
     "small_lr_large_batch",
     "large_lr_small_batch",
+    *GROUPS["true"],
+    *GROUPS["shuffled"],
 ]
 
 
@@ -77,8 +82,29 @@ def test_the_runs_show_what_they_are_there_for(samples):
     for name in NAMES:
         assert log(samples / name)[0]["test_accuracy"] < 0.25
         assert final[name]["train_accuracy"] > 0.95
-        assert (final[name]["test_accuracy"] < 0.15) == (name == "bn_cnn_shuffled")
+        assert (final[name]["test_accuracy"] < 0.15) == ("shuffled" in name)
     assert final["blur_control"]["test_accuracy"] > final["blur_deficit"]["test_accuracy"]
+
+
+def test_the_networks_of_both_groups_saw_the_same_images_and_no_two_of_them_start_alike(samples):
+    runs = {labels: [open_run(samples / name) for name in names] for labels, names in GROUPS.items()}
+    data = {labels: [load_data(run.manifest.data) for run in group] for labels, group in runs.items()}
+    for labels in GROUPS:
+        assert [run.manifest.groups["labels"] for run in runs[labels]] == [labels] * 5
+        assert all(torch.equal(other.inputs, data["true"][0].inputs) for other in data[labels])
+        assert all(torch.equal(other.targets, data[labels][0].targets) for other in data[labels])
+    agreeing = (data["true"][0].targets == data["shuffled"][0].targets).double().mean()
+    assert agreeing == pytest.approx(0.1, abs=0.05)
+    everyone = [run for group in runs.values() for run in group]
+    assert len({run.manifest.training["seed"] for run in everyone}) == 10
+    assert len({run.checkpoints[0].load().hash for run in everyone}) == 10
+    finals = [list(log(samples / name).values())[-1] for names in GROUPS.values() for name in names]
+    assert min(final["train_accuracy"] for final in finals) >= 0.99
+
+
+def test_the_group_runs_are_small(samples):
+    files = [path for path in (samples / "memorisation").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1.5e6
 
 
 def test_formats_are_mixed(samples):
