@@ -40,7 +40,7 @@ def pair_units(declaration: Declaration, prepared: list[PreparedRun], request: R
         pairs = _pairs(places, _meant(declaration, prepared, request.pairs))
     # Two networks in memory are needed only where the function is handed both.
     shared: dict[tuple[int, str], Workspace] | None = None if declaration.wants("model") else {}
-    units = []
+    units: list[Unit] = []
     for (a, x), (b, y) in pairs:
         unit = pair_unit(a.run, x, b.run, y, shared)
         if labels:
@@ -50,7 +50,9 @@ def pair_units(declaration: Declaration, prepared: list[PreparedRun], request: R
         raise InputError(
             f"{declaration.name} compares checkpoints, and `--pairs {request.pairs}` finds no two among "
             "those given.",
-            "Give two runs, or a run with at least two checkpoints (see `dynprobe inspect`).",
+            "The runs have no step in common (see `dynprobe inspect`); --steps last takes the last of each."
+            if len(prepared) > 1
+            else "Give two runs, or a run with at least two checkpoints (see `dynprobe inspect`).",
         )
     return units
 
@@ -61,9 +63,9 @@ def _meant(declaration: Declaration, prepared: Sequence[PreparedRun], how: str) 
         return how
     if any(p.run.setup.saved and len(p.chosen) == 1 for p in prepared):
         return "across"
-    if len(prepared) > 1:
-        return "same-step"
     alone = all(len(p.chosen) == 1 for p in prepared)
+    if len(prepared) > 1:
+        return "across" if alone else "same-step"  # one of each run: whatever the steps
     return "self" if alone and declaration.wants("activations") else "consecutive"
 
 
@@ -155,7 +157,7 @@ def _by_glob(prepared: Sequence[PreparedRun], groups: Sequence[tuple[str, ...]])
             if not found:
                 raise InputError(
                     f"--group {name}={pattern} matches none of the runs.",
-                    f"They are {', '.join(p.run.name for p in prepared)}.",
+                    f"They are {', '.join(p.run.name for p in prepared)}; files in one folder are one run.",
                 )
             for run in found:
                 if labels.setdefault(run, name) != name:

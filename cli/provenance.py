@@ -90,6 +90,13 @@ def facts_of(request: Request, plan: Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _groups(request: Request, plan: Plan) -> list[str]:
+    """The groups in the order in which they were given, or in that of the runs."""
+    if all("=" in text for text in request.group):
+        return [text.partition("=")[0] for text in request.group]
+    return [str(unit.index[n]) for unit in plan.units for n in ("group_a", "group_b") if n in unit.index]
+
+
 def provenance(request: Request, plan: Plan, report: Path) -> dict[str, Any]:
     """Everything a reader needs to repeat the call, nothing that names a machine or a person."""
     import torch
@@ -115,4 +122,6 @@ def provenance(request: Request, plan: Plan, report: Path) -> dict[str, Any]:
     }
     if request.shard:
         attributes["shard"] = request.shard
+    if request.group:
+        attributes["groups"] = list(dict.fromkeys(_groups(request, plan)))
     return attributes | shared_facts(facts_of(request, plan))

@@ -149,3 +149,14 @@ def test_options_about_networks_mean_nothing_to_saved_activations(saved):
 def test_transpose_without_saved_activations_is_refused():
     with pytest.raises(InputError, match="--transpose is about saved activations"):
         plan(ONE, OTHER, transpose=True)
+
+
+def test_the_last_checkpoints_of_runs_of_different_length_are_compared():
+    units = plan(ONE, SAMPLES / "memorisation" / "true_0", steps="last").units
+    assert [(u.index["step_a"], u.index["step_b"]) for u in units] == [(3000, 1500)]
+
+
+def test_runs_without_a_common_step_are_told_what_to_do():
+    with pytest.raises(InputError) as error:
+        plan(ONE, SAMPLES / "memorisation" / "true_0", steps="3::1")
+    assert "--steps last" in error.value.tip
