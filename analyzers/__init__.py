@@ -10,6 +10,7 @@ from dynprobe.analyzers.core.contract import (
     Measurement,
     OptionError,
     Range,
+    Setting,
     analyzer,
 )
 from dynprobe.analyzers.core.result import Result, Var
@@ -25,6 +26,7 @@ __all__ = [
     "OptionError",
     "Range",
     "Result",
+    "Setting",
     "Var",
     "analyzer",
 ]

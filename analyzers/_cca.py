@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._cca_notes import NAMED, Sizes, announce, fewer_components
 from dynprobe.analyzers._similarity import common_layers, effects_of_deletions, same_layer, stimulus_blocks
 from dynprobe.analyzers.core.activations import Activations
+from dynprobe.analyzers.numerics.activations import non_finite
 from dynprobe.analyzers.numerics.canonical import Components, Space, space
 from dynprobe.analyzers.numerics.canonical_original import original_pwcca
 from dynprobe.analyzers.numerics.canonical_pairs import (
@@ -21,14 +23,14 @@ from dynprobe.analyzers.numerics.canonical_pairs import (
     Comparison,
     comparable,
     compare,
+    exchangeable,
+    work,
 )
 
 Floats = NDArray[np.float64]
 
 CROWDED = 5
 """Samples per dimension below which a note says that there are few."""
-NAMED = 3
-"""Pairs of layers that a note names."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,17 @@ def reduce_network(
     spaces: list[Space | None] = []
     notes = []
     for name, layer in found.items():
-        spaces.append(space(layer.values, layer.sample, block, components, force=force))
+        if bad := non_finite(layer.values):
+            spaces.append(None)
+            notes.append(f"{activations.label}: {name} holds {bad}, so NaN")
+            continue
+        eps = layer.eps or torch.finfo(layer.values.dtype).eps
+        spaces.append(space(layer.values, layer.sample, block, components, eps=eps, force=force))
         if spaces[-1] is None:
             notes.append(f"{activations.label}: {name} is constant over the samples, so NaN")
+    if components.count is not None:
+        ranks = [s.rank if s is not None else 0 for s in spaces]
+        notes += fewer_components(activations.label, list(found), ranks, components.count)
     return Network(
         list(found),
         [layer.treatment for layer in found.values()],
@@ -131,11 +141,11 @@ class Pair:
         treatments = self.a.treatment[i], self.b.treatment[j]
         return treatments[0] == treatments[1] or not all("positions" in t for t in treatments)
 
-    def _name(self, i: int, j: int, statistic: str = "") -> str:
-        a, b = self.a, self.b
-        size_a, size_b = (x.components if statistic == "svcca" else x.rank for x in (a, b))
-        what = "k =" if statistic == "svcca" else "rank"
-        return f"{a.names[i]} ({what} {size_a[i]}) with {b.names[j]} ({size_b[j]})"
+    def _sizes(self, statistic: str) -> Sizes:
+        names, components = (self.a.names, self.b.names), statistic == "svcca"
+        kept = (self.a.components, self.b.components)
+        sizes = kept if components else (self.a.rank, self.b.rank)
+        return Sizes(names, sizes, self.n_rows, components=components)
 
     def _cannot_compare(self, i: int, j: int) -> None:
         note = (
@@ -159,44 +169,33 @@ class Pair:
         Raises:
             OptionError: If nothing is left of the statistic that was asked for.
         """
+        n_pairs = int(self.alive.sum())
         for name in ("mean_rho", "svcca"):
             full = self.full(name)
             if full.any() and not self._force:
-                self.notes.append(self._refusal(name, full))
+                self.notes.append(self._sizes(name).refusal(full, n_pairs))
         full = self.full(statistic)
-        if not self._force and self.alive.any() and (full == self.alive).all():
+        if not self._force and n_pairs and (full == self.alive).all():
             others = "" if statistic == "svcca" or self.full("svcca").all() else "; or --statistic svcca"
             raise OptionError(
-                f"{self.labels[0]} with {self.labels[1]}: {self._refusal(statistic, full)}.",
+                f"{self.labels[0]} with {self.labels[1]}: {self._sizes(statistic).refusal(full, n_pairs)}.",
                 "Give more samples (--samples, or 5 to 10 per dimension if there are so many); average maps "
                 f"(--maps average); fewer components (--threshold, --components) with svcca{others}; or "
                 "--force.",
             )
 
-    def _refusal(self, statistic: str, full: NDArray[np.bool_]) -> str:
-        where = np.argwhere(full)
-        names = ", ".join(self._name(int(i), int(j), statistic) for i, j in where[:NAMED])
-        names += ", …" if len(where) > NAMED else ""
-        what = "components kept for SVCCA" if statistic == "svcca" else "ranks"
-        n = int(self.n_rows[full].max())
-        return (
-            f"{what} that add up to n - 1 = {n - 1:,} or more make correlations 1 whatever the data, so NaN "
-            f"for {len(where)} of {int(self.alive.sum())} pairs of layers: {names}"
-        )
-
     def _check_few(self) -> None:
         rank = np.maximum(self.a.rank[:, None], self.b.rank[None])
-        few = self.alive & ~self.full("mean_rho") & (CROWDED * rank > self.n_rows)
+        few = self.alive & (CROWDED * rank > self.n_rows)
+        few &= self._force | ~self.full("mean_rho")
         if few.any():
-            i, j = (int(x) for x in np.argwhere(few)[0])
-            self.notes.append(
-                f"few samples for the dimensions in {int(few.sum())} pairs of layers, as {self._name(i, j)} "
-                f"on {self.n_rows[i, j]:,}: unrelated data correlate as well, see the chance levels; 5 to 10 "
-                "samples per dimension are advised"
-            )
+            self.notes.append(self._sizes("mean_rho").few(few))
+        if self._force and (self.forced > 0).any():
+            self.notes.append(self._sizes("mean_rho").forced(self.forced))
 
     def compared(self, permutations: int, seed: int) -> Comparison:
         """All statistics, NaN where they are refused or, with a block left out, would be."""
+        announce(work(self.a.spaces, self.b.spaces, permutations, self._force))
         found = compare(self.a.spaces, self.b.spaces, permutations=permutations, seed=seed, force=self._force)
         found.rho[~self.alive] = np.nan
         for name in STATISTICS:
@@ -208,28 +207,33 @@ class Pair:
                 found.deleted[name][self.full(name, left_out=True)] = np.nan
         if not permutations:
             self.notes.append("no chance levels but of mean ρ² without permutations (--chance-permutations)")
+        elif fixed := [self.a.names[i] for i, j, one, _two in self._pairs() if self._stays(i, j, one)]:
+            self.notes.append(
+                f"no chance levels for {len(fixed)} pairs of layers, as of {fixed[0]}: too many samples have "
+                "a number of rows of their own, and cannot change places with another"
+            )
         self._closed_form(found)
         self._note_errors(found)
         return found
+
+    def _stays(self, i: int, j: int, one: Space) -> bool:
+        return bool(self.alive[i, j]) and not exchangeable(one)
 
     def _closed_form(self, found: Comparison) -> None:
         """The mean of mean ρ² over all permutations of rows, r_a r_b/((n − 1) min(r_a, r_b))."""
         chance = found.chance.setdefault("mean_rho_squared", np.full(self.shape, np.nan))
         for i, j, one, two in self._pairs():
-            if self.alive[i, j] and one.cluster == 1 and np.isfinite(found.value["mean_rho_squared"][i, j]):
+            if self.alive[i, j] and not one.lengths and np.isfinite(found.value["mean_rho_squared"][i, j]):
                 chance[i, j] = max(one.rank, two.rank) / (one.n_rows - 1)
 
     def _note_errors(self, found: Comparison) -> None:
         if not found.deleted:
             self.notes.append("no standard errors without blocks to leave out (--jackknife-blocks)")
             return
-        lost = np.isfinite(found.value["mean_rho"]) & ~np.isfinite(found.deleted["mean_rho"]).all(-1)
-        if lost.any():
-            i, j = (int(x) for x in np.argwhere(lost)[0])
-            self.notes.append(
-                f"no standard error for {int(lost.sum())} pairs of layers, as {self._name(i, j)}: with a "
-                "block of samples left out, correlations would be 1 whatever the data"
-            )
+        for name in ("mean_rho", "svcca"):
+            lost = np.isfinite(found.value[name]) & self.full(name, left_out=True)
+            if lost.any():
+                self.notes.append(self._sizes(name).no_error(lost, self.smallest))
 
     def use_original(self, found: Comparison) -> None:
         """Puts the published code's number in the place of the paper's PWCCA, without error or chance."""
@@ -249,6 +253,18 @@ class Pair:
             "PWCCA as the published code computes it: it depends on the order, the shift and the signs of "
             "neurons; it has neither an error nor a chance level here"
         )
+        dependent = [
+            f"{name} (rank {rank} of {features})"
+            for network in (self.a, self.b)
+            for name, rank, features in zip(network.names, network.rank, network.n_features, strict=True)
+            if rank < features
+        ]
+        if dependent:
+            listed = ", ".join(list(dict.fromkeys(dependent))[:NAMED])
+            self.notes.append(
+                "the published code's PWCCA is arbitrary, as rounding decides it, where neurons are dead or "
+                f"depend on others, as in {listed}"
+            )
         if broken:
             self.notes.append(
                 f"the published code's PWCCA fails for {broken} pairs of layers whose neurons are linearly "

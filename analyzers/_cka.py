@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.numerics.hsic import Kernels
-from dynprobe.analyzers.numerics.hsic_minibatch import MinibatchKernels
+from dynprobe.analyzers.numerics.hsic_chance import BlockSums
+from dynprobe.analyzers.numerics.hsic_minibatch import BatchKernels
 
 BANDWIDTH = 1.0
 """σ of the RBF kernel over the median distance, where nothing is said."""
 GIGABYTE = 1e9
 SMALLEST = 8
 """Samples in a minibatch: its halves need four for an unbiased HSIC."""
+WIDEST = 1e6
+"""Largest bandwidth, where the RBF kernel is the linear one to 12 digits, and inverse of the smallest."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rows:
-    """Layers whose rows are the same things: samples, or positions of one kind."""
+    """Layers whose rows are the same things: samples, or positions of one kind.
+
+    Attributes:
+        index: Of the layers in their network.
+        treatment: Of the layers where rows are no samples.
+        sample: Sample of every row, (n_rows,); None where row i is sample i.
+        kernels: Of the layers.
+        blocks: For their chance level; None where samples have different numbers of rows.
+    """
 
     index: list[int]
     treatment: str
     sample: Tensor | None
     kernels: Kernels
+    blocks: BlockSums | None
 
     def matches(self, other: Rows) -> bool:
         """Whether row i is the same thing in both."""
@@ -73,7 +85,7 @@ class Representation:
         bandwidth: σ of the RBF kernel of each, in units of its activations; empty for the linear kernel.
         trouble: Why a layer has no similarity, "" where it has.
         rows: The layers that have one, by what their rows are; empty for minibatches.
-        minibatch: The kernels of minibatches, of all layers.
+        minibatch: The kernels of all layers in each minibatch; empty where they were used as they were made.
     """
 
     layers: list[str]
@@ -83,8 +95,8 @@ class Representation:
     exponent: list[int]
     bandwidth: list[float]
     trouble: list[str]
-    rows: list[Rows]
-    minibatch: MinibatchKernels | None = None
+    rows: list[Rows] = field(default_factory=list)
+    minibatch: list[BatchKernels] = field(default_factory=list)
 
 
 def troubles(label: str, representation: Representation) -> list[str]:
@@ -107,9 +119,10 @@ def check_choice(choice: Choice, n_samples: int) -> None:
         raise OptionError(
             "--bandwidth has no effect on the linear kernel.", "Add --kernel rbf, or leave it out."
         )
-    if not 0 < choice.bandwidth < math.inf:
+    if not 1 / WIDEST <= choice.bandwidth <= WIDEST:
         raise OptionError(
-            f"--bandwidth {choice.bandwidth:g} must be positive and finite.", "1 is the median distance."
+            f"--bandwidth {choice.bandwidth:g} must lie between {1 / WIDEST:g} and {WIDEST:g}.",
+            "1 is the median distance. Much larger ones give the linear kernel: --kernel linear.",
         )
     if not choice.minibatch:
         return
@@ -118,9 +131,10 @@ def check_choice(choice: Choice, n_samples: int) -> None:
             "--estimator biased has a bias that grows as batches shrink: minibatches would measure it.",
             "With --minibatch leave --estimator at unbiased.",
         )
+    enough = math.ceil(n_samples / max(1, n_samples // SMALLEST))
     if (smallest := n_samples // math.ceil(n_samples / choice.minibatch)) < SMALLEST:
         raise OptionError(
             f"--minibatch {choice.minibatch} cuts {n_samples:,} samples into batches of {smallest}: too few "
             "to estimate their deviation from the full sample.",
-            f"Give batches of {SMALLEST} or more, as 256, or 0 for the full sample.",
+            f"Give --minibatch {enough:,} or more, or 0 for the full sample.",
         )

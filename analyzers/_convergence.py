@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from dynprobe.analyzers._pair_table import Family, PairTable, against_last
+from dynprobe.analyzers._pair_table import ROUNDING, Family, PairTable, against_last
 
 Floats = NDArray[np.float64]
 
@@ -21,8 +21,6 @@ EXACT_LAYERS = 8
 FEWEST_LAYERS = 3
 CHUNK = 200
 """Draws whose curves are in memory at once."""
-ALIKE = 1e-6
-"""A similarity this close to 1 is 1: what float32 leaves of identical representations."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Convergence:
         low: 2.5 % quantile under resampled stimuli, NaN for never.
         high: 97.5 % quantile.
         reached: 1 where the level was reached before the last checkpoint, else 0; NaN for unknown layers.
+        first_known: First step with a similarity, shape (layer,); NaN for none.
+        first_step: First step of the run.
         tau: Kendall's tau-b between depth and step.
         tau_stderr: Its standard error over stimuli.
         tau_p: Two-sided p-value from permuting the layers.
@@ -47,6 +47,8 @@ class Convergence:
     low: Floats
     high: Floats
     reached: Floats
+    first_known: Floats
+    first_step: float
     tau: float
     tau_stderr: float
     tau_p: float
@@ -94,8 +96,10 @@ def _of_run(
         low=_or_nan(low),
         high=_or_nan(high),
         reached=np.where(known, (found < NEVER).astype(float), np.nan),
+        first_known=np.where(np.isfinite(curve).any(0), family.step[np.isfinite(curve).argmax(0)], np.nan),
+        first_step=float(family.step[0]),
         tau=float(tau),
-        tau_stderr=float(np.std(drawn_tau, ddof=1)),
+        tau_stderr=float(np.std(drawn_tau, ddof=1)) if len(drawn_tau) > 1 else float("nan"),
         tau_p=tau_p_value(found[known], draws, seed),
     )
 
@@ -103,15 +107,20 @@ def _of_run(
 def reaching(curve: Floats, step: Floats, level: float) -> Floats:
     """First step from which on a curve stays at the level, between checkpoints linear in log(1 + step).
 
+    A curve begins where it is first known: a layer that is constant in the untrained network has no
+    similarity there.
+
     Args:
         curve: Similarities, shape (…, step, layer).
         step: Steps in rising order, shape (step,).
         level: What is to be reached.
 
     Returns:
-        Steps, shape (…, layer); `NEVER` where the last value is below, NaN where a value is missing.
+        Steps, shape (…, layer); `NEVER` where the last value is below, NaN where a later value is missing.
     """
-    below = (curve < level) & (1 - curve > ALIKE)
+    known = np.isfinite(curve)
+    begun = np.logical_or.accumulate(known, axis=-2)
+    below = (curve < level) & (1 - curve > ROUNDING)
     n_steps = len(step)
     last_below = np.where(below, np.arange(n_steps)[:, None], -1).max(-2)
     before = np.clip(last_below, 0, n_steps - 2)[..., None, :]
@@ -121,8 +130,9 @@ def reaching(curve: Floats, step: Floats, level: float) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip((level - lower) / (upper - lower), 0, 1)
     found = np.expm1(place[before] + share * (place[before + 1] - place[before])) + min(step[0], 0.0)
-    found = np.where(last_below < 0, step[0], np.where(last_below == n_steps - 1, NEVER, found))
-    return np.where(np.isfinite(curve).all(-2), found, np.nan)
+    begin = step[begun.argmax(-2)]
+    found = np.where(last_below < 0, begin, np.where(last_below == n_steps - 1, NEVER, found))
+    return np.where(begun[..., -1, :] & (known == begun).all(-2), found, np.nan)
 
 
 def kendall_tau(steps: Floats) -> Floats:
@@ -176,7 +186,7 @@ def _quantiles(drawn: Floats, percent: Sequence[float]) -> Floats:
     order = np.sort(drawn, axis=0)
     at = [round(p / 100 * (len(drawn) - 1)) for p in percent]
     quantiles = order[at]
-    quantiles[:, ~np.isfinite(drawn).all(0)] = np.nan
+    quantiles[:, ~np.isfinite(drawn).all(0) | (len(drawn) < 2)] = np.nan
     return quantiles
 
 

@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 
 from dynprobe.analyzers._networks import (
     Networks,
-    Test,
     drawn_means,
     group_means,
     group_names,
     group_pairs,
     networks_by_step,
-    relabelling_test,
 )
 from dynprobe.analyzers._pair_table import PairTable
+from dynprobe.analyzers._relabelling import Test, relabelling_test
 
 Floats = NDArray[np.float64]
 
@@ -42,6 +41,8 @@ class GroupCurves:
         n_splits: Relabelings looked at, shape (step, contrast).
         smallest_p: The smallest possible p-value, of the same shape.
         sizes: Networks of every group, shape (step, group).
+        missing: Networks that are in no pair at some step, with those steps.
+        shown: Index of the last step at which as many groups as ever can be described.
     """
 
     groups: list[str]
@@ -58,6 +59,8 @@ class GroupCurves:
     n_splits: Floats
     smallest_p: Floats
     sizes: NDArray[np.intp]
+    missing: dict[str, Floats]
+    shown: int
 
 
 def group_curves(table: PairTable, weights: Floats, *, permutations: int, seed: int) -> GroupCurves | None:
@@ -79,6 +82,7 @@ def group_curves(table: PairTable, weights: Floats, *, permutations: int, seed: 
     tests = [[relabelling_test(networks, g, h, permutations, seed) for g, h in two] for networks in by_step]
     spread = np.stack([_spread(means_drawn) for means_drawn in drawn])
     contrast_spread = [_spread(_contrasts(means_drawn, len(groups))) for means_drawn in drawn]
+    curves_mean, curves_stderr = np.moveaxis(means, 1, -1), np.moveaxis(spread, 1, -1)
     return GroupCurves(
         groups=groups,
         layers=table.layers,
@@ -86,8 +90,8 @@ def group_curves(table: PairTable, weights: Floats, *, permutations: int, seed: 
         pair_names=[
             groups[g] if g == h else f"{groups[g]} | {groups[h]}" for g, h in group_pairs(len(groups))
         ],
-        mean=np.moveaxis(means, 1, -1),
-        stderr=np.moveaxis(spread, 1, -1),
+        mean=curves_mean,
+        stderr=curves_stderr,
         contrast_names=_contrast_names(groups, two),
         contrast=np.moveaxis(_of_tests(tests, "difference", "cohesion", by_step), 1, -1),
         contrast_stderr=np.moveaxis(np.stack(contrast_spread), 1, -1),
@@ -96,7 +100,31 @@ def group_curves(table: PairTable, weights: Floats, *, permutations: int, seed: 
         n_splits=np.array([[test.n_splits for test in row for _ in range(2)] for row in tests], dtype=float),
         smallest_p=np.array([[test.smallest_p for test in row for _ in range(2)] for row in tests]),
         sizes=np.stack([networks.sizes(len(groups)) for networks in by_step]),
+        missing=_missing(table, by_step),
+        shown=shown_step(curves_mean, curves_stderr),
     )
+
+
+def shown_step(mean: Floats, stderr: Floats) -> int:
+    """The last step with as many means and errors of groups as there are at any step.
+
+    Args:
+        mean: Mean similarities, shape (step, layer, group pair).
+        stderr: Their errors, of the same shape.
+    """
+    known = sum(np.isfinite(values).any(1).sum(-1) for values in (mean, stderr))
+    return int(np.flatnonzero(known == np.max(known))[-1])
+
+
+def _missing(table: PairTable, by_step: list[Networks]) -> dict[str, Floats]:
+    """Steps at which each network of a group, failed ones too, is compared with no other."""
+    result, found = table.result, {}
+    labelled = (zip(result[f"run_{half}"], result[f"group_{half}"], strict=True) for half in "ab")
+    for run in dict.fromkeys(str(run) for pair in labelled for run, group in pair if str(group)):
+        absent = np.array([networks.step for networks in by_step if run not in networks.runs])
+        if len(absent):
+            found[run] = absent
+    return found
 
 
 def _of_tests(tests: list[list[Test]], first: str, second: str, by_step: list[Networks]) -> Floats:
@@ -126,4 +154,4 @@ def _contrasts(means: Floats, n_groups: int) -> Floats:
 
 
 def _spread(drawn: Floats) -> Floats:
-    return np.asarray(np.std(drawn, axis=0, ddof=1))
+    return np.asarray(np.std(drawn, axis=0, ddof=1)) if len(drawn) > 1 else np.full(drawn.shape[1:], np.nan)

@@ -1,13 +1,12 @@
-"""Groups of networks: mean similarity within and between them, its error, and tests that relabel networks.
+"""Groups of networks: mean similarity within and between them, and its error.
 
 Pairs share networks, so they are not independent: two groups of five from one population differ by a t-test
-on their pairs at the 5 % level in a third of all cases. Here networks are drawn and relabelled, never pairs.
+on their pairs at the 5 % level in a third of all cases. Here networks are drawn, never pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -23,7 +22,6 @@ FEWEST = 3
 """Networks of a group from which an error over networks is estimated."""
 CHUNK = 200
 """Draws whose sums are in memory at once."""
-ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Networks:
         second: The other.
         value: Similarity of the layers of the same name, shape (pair, layer).
         effect: What each block of stimuli does to it, shape (pair, layer, block).
+        runs: Name of every network.
     """
 
     step: float
@@ -45,6 +44,7 @@ class Networks:
     second: IntArray
     value: Floats
     effect: Floats
+    runs: tuple[str, ...] = ()
 
     def of(self, *groups: int) -> Networks:
         """The networks of these groups alone, numbered anew from 0."""
@@ -58,6 +58,7 @@ class Networks:
             second=number[self.second[pairs]],
             value=self.value[pairs],
             effect=self.effect[pairs],
+            runs=tuple(run for run, keep in zip(self.runs, kept, strict=False) if keep),
         )
 
     def sizes(self, n_groups: int) -> IntArray:
@@ -66,11 +67,13 @@ class Networks:
 
 
 def group_names(table: PairTable) -> list[str]:
-    """The groups, in the order in which they were named first."""
+    """The groups in the order in which they were given, else that of the pairs."""
     groups = table.groups
     if groups is None:
         return []
-    return [str(name) for name in dict.fromkeys(np.stack(groups, 1).ravel().tolist()) if name]
+    given = table.result.attributes.get("groups")
+    first = [str(name) for name in given] if isinstance(given, list | tuple) else []
+    return [name for name in dict.fromkeys([*first, *np.stack(groups, 1).ravel().tolist()]) if name]
 
 
 def networks_by_step(table: PairTable, names: list[str]) -> list[Networks]:
@@ -109,6 +112,7 @@ def _networks(table: PairTable, effect: Floats, rows: IntArray, step: float, nam
         second=ends[:, 1],
         value=table.same[places],
         effect=effect[places],
+        runs=tuple(label),
     )
 
 
@@ -174,114 +178,8 @@ def _pair_weights(networks: Networks, counts: Floats, g: int, h: int) -> Floats:
 
 
 def _mean(networks: Networks, counts: Floats, g: int, h: int) -> Floats:
+    """Mean over pairs weighted by the counts of their networks, shape (draw, network) to (draw, layer)."""
     known = np.isfinite(networks.value)
     pairs = _pair_weights(networks, counts, g, h)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray((pairs @ np.where(known, networks.value, 0.0)) / (pairs @ known))
-
-
-@dataclass(frozen=True)
-class Test:
-    """Two groups compared by relabelling their networks.
-
-    Args:
-        difference: Mean within the first group less that within the second, shape (layer,).
-        cohesion: Mean of both less the mean between them, shape (layer,).
-        difference_p: Two-sided p-value, shape (layer,).
-        cohesion_p: One-sided p-value, shape (layer,).
-        difference_p_layers: The same, corrected for the number of layers: against the largest of any layer,
-            each in units of its own spread over relabelings.
-        cohesion_p_layers: Likewise.
-        n_splits: Relabelings that were looked at.
-        smallest_p: The smallest p-value they allow.
-    """
-
-    difference: Floats
-    cohesion: Floats
-    difference_p: Floats
-    cohesion_p: Floats
-    difference_p_layers: Floats
-    cohesion_p_layers: Floats
-    n_splits: int
-    smallest_p: float
-
-
-def relabelling_test(networks: Networks, g: int, h: int, permutations: int, seed: int) -> Test:
-    """Compares two groups under all distinct relabelings of their networks, or under random ones.
-
-    All of them where there are no more than `permutations`: then the p-value is exact. Else
-    (1 + hits)/(1 + permutations) of random ones (Phipson and Smyth 2010). Where both groups have one size,
-    exchanging their names changes nothing, so five and five networks have 126 distinct relabelings.
-
-    Args:
-        networks: The networks.
-        g: The first group.
-        h: The second.
-        permutations: How many relabelings to look at.
-        seed: Of random ones.
-
-    References:
-        Phipson and Smyth, "Permutation P-values should never be zero", Statistical Applications in Genetics
-        and Molecular Biology 9 (2010).
-    """
-    both = networks.of(g, h)
-    own = both.group == 0
-    n_splits, exact = _count(int(own.sum()), int((~own).sum()), permutations)
-    observed = _statistics(both, own[None])[:, 0]
-    found = np.concatenate(
-        [_statistics(both, splits) for splits in _splits(own, exact, n_splits, seed)], axis=1
-    )
-    # each layer in units of its own spread: else the layer that varies most decides for all
-    known = np.isfinite(found)
-    spread = np.sqrt(np.where(known, found**2, 0.0).sum(1) / np.maximum(known.sum(1), 1))
-    spread = np.where(spread > ROUNDING, spread, 1.0)[:, None]
-    # a split whose mean is undefined counts against the claim
-    size = np.where(known, np.stack([np.abs(found[0]), found[1]]), np.inf) / spread
-    size[:, :, ~np.isfinite(observed).all(0)] = -np.inf
-    own_size = (np.stack([np.abs(observed[0]), observed[1]])[:, None] - ROUNDING) / spread
-    hits = (size >= own_size).sum(1).astype(float)
-    layers_hits = (size.max(2, initial=-np.inf)[..., None] >= own_size).sum(1).astype(float)
-    p, p_layers = ((x + (not exact)) / (n_splits + (not exact)) for x in (hits, layers_hits))
-    for values in (p, p_layers):
-        values[~np.isfinite(observed)] = np.nan
-    smallest = 1 / n_splits if exact else 1 / (1 + n_splits)
-    return Test(observed[0], observed[1], p[0], p[1], p_layers[0], p_layers[1], n_splits, smallest)
-
-
-def _statistics(both: Networks, splits: NDArray[np.bool_]) -> Floats:
-    """Difference and cohesion for every split into two groups, shape (2, split, layer)."""
-    x = splits.astype(np.float64)
-    a, b = x[:, both.first], x[:, both.second]
-    known = np.isfinite(both.value)
-    value = np.where(known, both.value, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first, second, between = (
-            (pairs @ value) / (pairs @ known) for pairs in (a * b, (1 - a) * (1 - b), a + b - 2 * a * b)
-        )
-    return np.stack([first - second, (first + second) / 2 - between])
-
-
-def _count(size: int, other: int, permutations: int) -> tuple[int, bool]:
-    """How many relabelings to look at, and whether these are all."""
-    if not size or not other:
-        return 1, True
-    count = math.comb(size + other, size) // (2 if size == other else 1)
-    return (count, True) if count <= permutations else (permutations, False)
-
-
-def _splits(own: NDArray[np.bool_], exact: bool, n_splits: int, seed: int) -> Iterator[NDArray[np.bool_]]:
-    """Memberships of the first group, in chunks of shape (split, network)."""
-    n, size = len(own), int(own.sum())
-    if not exact:
-        generator = np.random.default_rng([seed, 5])
-        for start in range(0, n_splits, CHUNK):
-            yield generator.permuted(np.tile(own, (min(CHUNK, n_splits - start), 1)), axis=1)
-        return
-    fixed = 2 * size == n  # either half may be called the first
-    chosen = np.array(list(combinations(range(n), size)), dtype=np.intp).reshape(-1, size)[:n_splits]
-    assert not fixed or size == 0 or (chosen[:, 0] == 0).all()
-    for start in range(0, len(chosen), CHUNK):
-        part = chosen[start : start + CHUNK]
-        splits = np.zeros((len(part), n), dtype=bool)
-        np.put_along_axis(splits, part, True, axis=1)
-        yield splits

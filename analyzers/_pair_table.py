@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,13 @@ from dynprobe.analyzers.core.result import FAILED, Result
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
 
+Checkpoint = tuple[str, float, str]
+"""Its run, its step (−∞ where unknown, which unlike NaN equals itself) and its file."""
+
 CURVE = 3
 """Pairs that make a curve over steps."""
+ROUNDING = 1e-6
+"""What float32 leaves between similarities that are equal."""
 
 
 class PairTable:
@@ -28,6 +34,7 @@ class PairTable:
     Attributes:
         run_a: Run of the first network of every pair; `run_b` of the second.
         step_a: Its step, NaN where unknown; `step_b` of the second.
+        ends: Both checkpoints of every pair.
         layers: Names that both networks have, in the order of the first.
         same: Similarity of the layers of the same name, shape (pair, layer).
     """
@@ -37,6 +44,7 @@ class PairTable:
         self.rows: Rows = np.flatnonzero(np.atleast_1d(result["status"]) != FAILED)
         self.run_a, self.run_b = self._text("run_a"), self._text("run_b")
         self.step_a, self.step_b = self._number("step_a"), self._number("step_b")
+        self.ends = list(zip(self._checkpoints("a"), self._checkpoints("b"), strict=True))
         layers_a, layers_b = [[str(x) for x in result[name]] for name in ("layer_a", "layer_b")]
         self.layers = [name for name in layers_a if name in set(layers_b)]
         self._at = (
@@ -80,6 +88,17 @@ class PairTable:
                 effect[:, i] = values[:, names.index(layer)]
         return effect
 
+    def runs_in_order(self) -> set[str]:
+        """Runs that have one checkpoint a step; several networks side by side are no course of training."""
+        files = dict.fromkeys(end for pair in self.ends for end in pair)
+        times = Counter((run, step) for run, step, _ in files)
+        return {run for run, _ in times} - {run for (run, _), count in times.items() if count > 1}
+
+    def _checkpoints(self, half: str) -> list[Checkpoint]:
+        steps = np.nan_to_num(self._number(f"step_{half}"), nan=-np.inf).tolist()
+        runs, paths = (self._text(f"{name}_{half}").tolist() for name in ("run", "path"))
+        return list(zip(runs, steps, paths, strict=True))
+
     def _text(self, name: str) -> NDArray[np.str_]:
         if name not in self.result:
             return np.full(len(self.rows), "", dtype=np.str_)
@@ -89,6 +108,11 @@ class PairTable:
         if name not in self.result or self.result[name].dtype.kind not in "iuf":
             return np.full(len(self.rows), np.nan)
         return np.atleast_1d(self.result[name])[self.rows].astype(np.float64)
+
+
+def most_similar(own: Floats, largest: Floats) -> NDArray[np.bool_]:
+    """Whether a similarity is the largest, up to rounding."""
+    return np.asarray(own >= largest - ROUNDING * np.abs(largest))
 
 
 @dataclass(frozen=True)
@@ -110,8 +134,8 @@ class Family:
 
 def against_last(table: PairTable) -> list[Family]:
     """Of every run that was compared often enough with its last checkpoint: those pairs."""
-    families = []
-    for name in dict.fromkeys(table.run_a.tolist()):
+    families, in_order = [], table.runs_in_order()
+    for name in [run for run in dict.fromkeys(table.run_a.tolist()) if run in in_order]:
         rows = np.flatnonzero((table.run_a == name) & (table.run_b == name) & (table.step_a != table.step_b))
         found = _against(table, rows, (name,), last=True)
         families += [found] if found else []
@@ -121,8 +145,11 @@ def against_last(table: PairTable) -> list[Family]:
 def families(table: PairTable) -> tuple[list[Family], bool]:
     """All curves over steps that the pairs make, and whether every pair of two checkpoints is in one."""
     found: list[Family] = []
-    apart = (table.run_a != table.run_b) | (table.step_a != table.step_b)
+    in_order = table.runs_in_order()
+    apart = np.array([a != b for a, b in table.ends], dtype=bool)
     for runs, rows in _by_runs(table, np.flatnonzero(apart)):
+        if not in_order.issuperset(runs):
+            continue
         family = (
             _same_step(table, rows, runs)
             or _against(table, rows, runs, last=False)

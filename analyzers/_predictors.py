@@ -1,9 +1,8 @@
-"""Predictors from files: RDMs, feature tables and class labels, in `.npy`, `.npz`, `.mat` and `.csv`."""
+"""Predictors from files: what an array is by its shape, an RDM, features or class labels."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,13 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import pdist
 
+from dynprobe.analyzers._predictor_files import Table, read_arrays
 from dynprobe.analyzers.core.contract import OptionError
 from dynprobe.analyzers.numerics.rdm import Floats, Integers, condensed, n_entries
 
-SUFFIXES = (".npy", ".npz", ".mat", ".csv")
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Numbers of a csv file, with the names of the columns where it has them."""
-
-    values: Floats
-    names: list[str]
-
-
-Arrays = dict[str, "np.ndarray | _Table"]
+Room = Callable[[int], None]
+"""Raises where so many more RDMs would not fit in memory."""
+DISTANCE = "|x_i - x_j|"
 
 
 @dataclass(frozen=True)
@@ -35,43 +26,52 @@ class Predictor:
     Attributes:
         name: What figures call it.
         rdms: Shape (1, m), or (n_subjects, m) of a stack.
-        stacked: Whether it is a stack of subjects.
+        kind: How it was read, as a reader is told.
     """
 
     name: str
     rdms: Floats
-    stacked: bool = False
+    kind: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of subjects."""
+        return len(self.rdms) > 1
 
 
-def read_predictors(path: str, n: int) -> list[Predictor]:
+def read_predictors(
+    path: str, n: int, classes: Collection[str] = (), room: Room | None = None
+) -> list[Predictor]:
     """The predictors in a file, each compared with the shapes that n stimuli allow.
 
     An array is an RDM if it is (n, n), symmetric with a zero diagonal, or has n(n−1)/2 entries; a stack of
-    subjects if it is (n_subjects, n, n) or (n_subjects, n(n−1)/2); class labels if it is n strings or n
-    integers, giving 0 within and 1 between classes; else n values or an (n, k) table of features, each column
-    giving |x_i − x_j|, and all columns together, each divided by its standard deviation, their Euclidean
-    distance. In a csv file a column of text, or one whose head ends in `:class`, has labels.
+    subjects if it is (n_subjects, n, n) or (n_subjects, n(n−1)/2); class labels, 0 within and 1 between, if
+    it is text; else n numbers or an (n, k) table of features, each column giving |x_i − x_j|, and all columns
+    together, each divided by its standard deviation, their Euclidean distance. The rule is the same for all
+    kinds of files: whole numbers are labels only where they are said to be.
 
     Args:
         path: The file.
         n: Number of stimuli (samples, or conditions).
+        classes: Names of predictors whose numbers are class labels.
+        room: Called with their number before RDMs are made.
 
     Raises:
         OptionError: If the file is missing, unreadable, or fits n stimuli in none of these ways.
     """
     file = Path(path)
-    found: list[Predictor] = []
-    for name, array in _read(file, n).items():
-        if isinstance(array, _Table) and array.names and array.values.shape != (n, n):
-            if len(array.values) != n:
-                raise _wrong_shape(str(file), array.values, n)
-            found += of_table(file.stem, _finite(str(file), array.values), array.names)
-        else:
-            plain = array.values if isinstance(array, _Table) else array
-            found += _predictors_of(file, name, plain, n)
+    reader, content = _Reader(file, n, frozenset(classes), room or _any), read_arrays(file, n)
+    found = [predictor for name, array in content.arrays.items() for predictor in reader.of(name, array)]
+    if content.note:
+        found = [replace(predictor, kind=f"{predictor.kind}, {content.note}") for predictor in found]
     if not found:
         raise OptionError(f"{file}: there is no array in it.", "A predictor is an RDM, a table or labels.")
     return found
+
+
+def _any(more: int) -> None:
+    """There is room for any number of RDMs."""
+    del more
 
 
 def read_labels(path: str, n: int) -> tuple[Integers, list[str]]:
@@ -88,14 +88,14 @@ def read_labels(path: str, n: int) -> tuple[Integers, list[str]]:
         OptionError: If the file has not one label for each sample.
     """
     file = Path(path)
-    arrays = _read(file, n)
+    arrays = read_arrays(file, n).arrays
     if len(arrays) != 1:
         raise OptionError(
             f"{file}: {len(arrays)} arrays or columns ({', '.join(arrays)}), and conditions need one.",
             "Give a file with one label for each sample.",
         )
     array = next(iter(arrays.values()))
-    array = np.squeeze(array.values if isinstance(array, _Table) else array)
+    array = np.squeeze(array.values if isinstance(array, Table) else array)
     if array.ndim != 1 or array.dtype.kind not in "iuUSO":
         whole = array.ndim == 1 and array.dtype.kind == "f" and bool((array == np.round(array)).all())
         if not whole:
@@ -106,7 +106,8 @@ def read_labels(path: str, n: int) -> tuple[Integers, list[str]]:
         array = array.astype(np.int64)
     if len(array) != n:
         raise OptionError(
-            f"{file}: {len(array):,} labels, and {n:,} samples are measured.", _about_samples(len(array), n)
+            f"{file}: {len(array):,} labels, and {n:,} samples are measured.",
+            "Give one label for each sample measured, in their order.",
         )
     names, label = np.unique(array.astype(str) if array.dtype.kind in "SO" else array, return_inverse=True)
     return label.astype(np.int64), [str(name) for name in names]
@@ -114,24 +115,16 @@ def read_labels(path: str, n: int) -> tuple[Integers, list[str]]:
 
 def of_labels(name: str, labels: Any) -> Predictor:
     """0 between stimuli of one class, 1 between stimuli of two."""
-    code = np.unique(np.asarray(labels), return_inverse=True)[1]
-    return Predictor(name, pdist(code[:, None].astype(float), "hamming")[None])
+    found, code = np.unique(np.asarray(labels), return_inverse=True)
+    rdm = pdist(code[:, None].astype(float), "hamming")
+    return Predictor(name, rdm[None], f"classes ({len(found)})")
 
 
-def of_table(name: str, table: Floats, columns: list[str]) -> list[Predictor]:
-    """Each column as |x_i − x_j|, and all of them together where there are several.
-
-    Args:
-        name: Of the table, for all columns together.
-        table: Shape (n, k).
-        columns: Their names.
-    """
-    found = [Predictor(c, pdist(table[:, i : i + 1], "cityblock")[None]) for i, c in enumerate(columns)]
-    if len(columns) > 1:
-        spread = table.std(0)
-        scaled = table[:, spread > 0] / spread[spread > 0]
-        found.append(Predictor(f"{name} (all)", pdist(scaled)[None] if scaled.size else 0 * found[0].rdms))
-    return found
+def of_numbers(name: str, values: Floats) -> Predictor:
+    """|x_i − x_j| of one number for each stimulus."""
+    whole = bool((values == np.round(values)).all()) and 2 < len(np.unique(values)) <= len(values) // 2
+    kind = f"{DISTANCE} of whole numbers (where they are class labels, name them in --classes)"
+    return Predictor(name, pdist(values[:, None], "cityblock")[None], kind if whole else DISTANCE)
 
 
 def distinct_names(predictors: list[tuple[str, Predictor]]) -> list[Predictor]:
@@ -154,42 +147,98 @@ def distinct_names(predictors: list[tuple[str, Predictor]]) -> list[Predictor]:
     return named
 
 
-def _predictors_of(file: Path, name: str, array: np.ndarray, n: int) -> list[Predictor]:
-    """What one array is, by its shape and type."""
-    where = f"{file}: {name!r}" if name != file.stem else str(file)
-    m = n_entries(n)
-    array = np.squeeze(array) if array.ndim > 1 and 1 in array.shape else array
-    if array.dtype.kind in "USO" or (array.dtype.kind in "iub" and array.shape == (n,)):
-        if array.shape != (n,):
-            raise _wrong_shape(where, array, n)
-        return [_checked_classes(where, of_labels(name, array.astype(str)), n)]
-    if array.dtype.kind not in "iufb":
-        raise OptionError(f"{where}: {array.dtype} values are no numbers.", "Save numbers or strings.")
-    values = _finite(where, array.astype(np.float64))
-    if values.shape == (n, n):
-        return [Predictor(name, _one_rdm(where, values)[None])]
-    if values.shape == (m,) and m != n:
-        return [Predictor(name, values[None])]
-    if values.ndim == 3 and values.shape[:2] == (n, n) and values.shape[2] != n:
-        values = np.moveaxis(values, 2, 0)  # how MATLAB stacks
-    if values.ndim == 3 and values.shape[1:] == (n, n):
-        return [Predictor(name, np.stack([_one_rdm(where, one) for one in values]), len(values) > 1)]
-    if values.ndim == 2 and values.shape[1] == m and len(values) != n:
-        return [Predictor(name, values, len(values) > 1)]
-    if values.shape == (n,):
-        return of_table(name, values[:, None], [name])
-    if values.ndim == 2 and len(values) == n:
-        return of_table(name, values, [f"{name}[{i}]" for i in range(values.shape[1])])
-    raise _wrong_shape(where, array, n)
+@dataclass(frozen=True)
+class _Reader:
+    """What the arrays of a file are, by their shape and type."""
+
+    file: Path
+    n: int
+    classes: frozenset[str]
+    room: Room
+
+    def of(self, name: str, array: np.ndarray | Table) -> list[Predictor]:
+        """The predictors that an array is."""
+        where = f"{self.file}: {name!r}" if name != self.file.stem else str(self.file)
+        plain = array.values if isinstance(array, Table) else array
+        if isinstance(array, Table) and array.names and plain.shape != (self.n, self.n):
+            return self._columns(where, name, plain, array.names)
+        found = self._of_plain(where, name, plain)
+        if name in self.classes and not found[0].kind.startswith("classes"):
+            raise OptionError(
+                f"{where}: --classes {name}, and shape {plain.shape} is no list of labels.",
+                "Labels are one for each stimulus; of a table, name the columns.",
+            )
+        return found
+
+    def _of_plain(self, where: str, name: str, array: np.ndarray) -> list[Predictor]:
+        n, m = self.n, n_entries(self.n)
+        array = np.squeeze(array) if array.ndim > 1 and 1 in array.shape else array
+        if array.dtype.kind in "US":
+            if array.shape != (n,):
+                raise _wrong_shape(where, array, n)
+            self.room(1)
+            return [_checked_classes(where, of_labels(name, array.astype(str)), n)]
+        if array.dtype.kind not in "iufb":
+            raise OptionError(f"{where}: {array.dtype} values are no numbers.", "Save numbers or strings.")
+        values = array.astype(np.float64)
+        if values.shape == (n, n):
+            return self._rdms(where, name, values[None])
+        if values.shape == (m,) and m != n:
+            return self._rdms(where, name, values[None])
+        if values.ndim == 3 and values.shape[:2] == (n, n) and values.shape[2] != n:
+            values = np.moveaxis(values, 2, 0)  # how MATLAB stacks
+        if values.ndim == 3 and values.shape[1:] == (n, n):
+            return self._rdms(where, name, values)
+        if values.ndim == 2 and values.shape[1] == m:
+            if len(values) == n:
+                raise OptionError(
+                    f"{where}: shape {values.shape} is {n} RDMs, or a table of {m:,} features.",
+                    f"Save RDMs as ({n}, {n}, {n}), or features with another number of columns.",
+                )
+            return self._rdms(where, name, values)
+        if values.shape == (n,):
+            return self._columns(where, name, values[:, None], [name])
+        if values.ndim == 2:
+            return self._columns(where, name, values, [f"{name}[{i}]" for i in range(values.shape[1])])
+        raise _wrong_shape(where, array, n)
+
+    def _rdms(self, where: str, name: str, values: Floats) -> list[Predictor]:
+        """One RDM, or those of several subjects, each square or condensed."""
+        self.room(len(values))
+        _finite(where, values)
+        rdms = np.stack([_one_rdm(where, one) for one in values]) if values.ndim == 3 else values
+        return [Predictor(name, rdms, "RDM" if len(rdms) == 1 else f"RDMs of {len(rdms)} subjects")]
+
+    def _columns(self, where: str, name: str, table: Floats, columns: list[str]) -> list[Predictor]:
+        """Each column by itself, and those of numbers together where there are several."""
+        if len(table) != self.n:
+            raise _wrong_shape(where, table, self.n)
+        self.room(len(columns) + 1)
+        _finite(where, table)
+        found, numbers = [], []
+        for i, column in enumerate(columns):
+            if column in self.classes:
+                labels = of_labels(column, table[:, i])
+                found.append(_checked_classes(f"{where}: {column}", labels, self.n))
+            else:
+                found.append(of_numbers(column, table[:, i]))
+                numbers.append(i)
+        if len(numbers) > 1:
+            table = table[:, numbers]
+            spread = table.std(0)
+            scaled = table[:, spread > 0] / spread[spread > 0]
+            rdm = pdist(scaled) if scaled.size else np.zeros(n_entries(self.n))
+            kind = f"Euclidean distance of {len(numbers)} columns, each over its standard deviation"
+            found.append(Predictor(f"{name} (all)", rdm[None], kind))
+        return found
 
 
-def _finite(where: str, values: Floats) -> Floats:
+def _finite(where: str, values: Floats) -> None:
     if bad := int((~np.isfinite(values)).sum()):
         raise OptionError(
             f"{where}: {bad} of {values.size} values are NaN or infinite.",
             "Leave those stimuli or columns out.",
         )
-    return values
 
 
 def _one_rdm(where: str, matrix: Floats) -> Floats:
@@ -220,90 +269,5 @@ def _wrong_shape(where: str, array: np.ndarray, n: int) -> OptionError:
     return OptionError(
         f"{where}: shape {array.shape} fits {n} stimuli neither as an RDM ({n}, {n}) or {n_entries(n):,} "
         f"entries, nor as a stack of them, nor as labels or a table of {n} rows.",
-        _about_samples(len(array) if array.ndim else 0, n),
+        "Give one row for each sample measured (for each condition with --conditions), in their order.",
     )
-
-
-def _about_samples(rows: int, n: int) -> str:
-    if rows > n:
-        return "Its rows have to be those of the samples measured: leave out --samples, or save that part."
-    return "Give one row for each sample measured (for each condition with --conditions), in their order."
-
-
-def _read(file: Path, n: int) -> Arrays:
-    """Arrays by name; nothing in a file is executed."""
-    if file.suffix.lower() not in SUFFIXES:
-        raise OptionError(f"{file}: this kind of file is not read.", f"Give one of {', '.join(SUFFIXES)}.")
-    if not file.is_file():
-        raise OptionError(f"{file}: there is no such file.", "Several are separated by commas.")
-    try:
-        return _read_csv(file, n) if file.suffix.lower() == ".csv" else _READERS[file.suffix.lower()](file)
-    except OptionError:
-        raise
-    except NotImplementedError as error:  # scipy's word for MATLAB 7.3
-        raise OptionError(f"{file}: {error}", "Save it with -v7, or as .npy.") from error
-    except Exception as error:
-        raise OptionError(
-            f"{file}: it cannot be read: {type(error).__name__}: {error}",
-            "Arrays of Python objects are refused; save plain numbers or strings.",
-        ) from error
-
-
-def _read_npy(file: Path) -> Arrays:
-    return {file.stem: np.load(file, allow_pickle=False)}
-
-
-def _read_npz(file: Path) -> Arrays:
-    with np.load(file, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def _read_mat(file: Path) -> Arrays:
-    from scipy.io import loadmat
-
-    arrays = {}
-    for name, value in loadmat(str(file)).items():
-        if name.startswith("__"):
-            continue
-        if value.dtype.kind == "O":  # a cell array of strings
-            value = np.array([str(np.squeeze(cell)) for cell in value.ravel()])
-        arrays[name] = np.char.strip(value) if value.dtype.kind == "U" else value
-    return arrays
-
-
-def _read_csv(file: Path, n: int) -> Arrays:
-    """Numbers as one table, each column of text as labels; the first row is a head where rows are n + 1."""
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
-    if not rows:
-        return {}
-    width = len(rows[0])
-    if ragged := next((i for i, row in enumerate(rows) if len(row) != width), None):
-        raise OptionError(
-            f"{file}: row {ragged + 1} has {len(rows[ragged])} entries, the first has {width}.",
-            "Every row needs one value for each column.",
-        )
-    numeric = [[_is_number(cell) for cell in row] for row in rows]
-    headed = len(rows) == n + 1 or (not any(numeric[0]) and any(map(any, numeric)))
-    head = rows[0] if headed else [f"{file.stem}[{i}]" for i in range(width)]
-    if len(set(head)) < len(head):
-        raise OptionError(f"{file}: two columns have one name.", "Give every column a name of its own.")
-    columns = np.array(rows[headed:])
-    labels = [head[i].endswith(":class") or not all(row[i] for row in numeric[headed:]) for i in range(width)]
-    numbers = [i for i in range(width) if not labels[i]]
-    arrays: Arrays = {head[i].removesuffix(":class"): columns[:, i] for i in range(width) if labels[i]}
-    if numbers:
-        names = [head[i] for i in numbers] if headed else []
-        arrays = {file.stem: _Table(columns[:, numbers].astype(np.float64), names), **arrays}
-    return arrays
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-_READERS: Mapping[str, Any] = {".npy": _read_npy, ".npz": _read_npz, ".mat": _read_mat}

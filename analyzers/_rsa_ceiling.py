@@ -80,10 +80,11 @@ def _ceilings(
             pair: result["block_effect"][i, k] if "block_effect" in result else np.array([np.nan])
             for pair, i in rows.items()
         }
-        lower, upper = _means(values, runs)
+        own = _self_similarities(result, rows, runs, at_a[k], at_b[k])
+        lower, upper = _means(values, own, runs)
         moved = np.array(
             [
-                _means({pair: values[pair] + float(effects[pair][b]) for pair in values}, runs)
+                _means({pair: values[pair] + float(effects[pair][b]) for pair in values}, own, runs)
                 for b in range(len(next(iter(effects.values()))))
             ]
         )
@@ -99,8 +100,20 @@ def _ceilings(
     }
 
 
-def _means(values: dict[tuple[str, str], float], runs: list[str]) -> tuple[float, float]:
-    matrix = np.eye(len(runs))
+def _self_similarities(
+    result: Result, rows: dict[tuple[str, str], int], runs: list[str], at_a: int, at_b: int
+) -> Floats:
+    """Of a layer's RDM in every run to itself: 1, but for rho-a with ties."""
+    found = np.ones(len(runs))
+    if "self_similarity_a" in result:
+        for i in rows.values():
+            for half, at in (("a", at_a), ("b", at_b)):
+                found[runs.index(str(result[f"run_{half}"][i]))] = result[f"self_similarity_{half}"][i, at]
+    return found
+
+
+def _means(values: dict[tuple[str, str], float], own: Floats, runs: list[str]) -> tuple[float, float]:
+    matrix = np.diag(own)
     for (a, b), value in values.items():
         i, j = runs.index(a), runs.index(b)
         matrix[i, j] = matrix[j, i] = value

@@ -10,33 +10,31 @@ import numpy as np
 from dynprobe.analyzers._predictors import Predictor, distinct_names, of_labels, read_predictors
 from dynprobe.analyzers._rsa import (
     Choice,
-    Conditions,
-    Forms,
     blocks_of,
     check_memory,
-    class_targets,
+    compare_all,
     forms_of,
-    input_vectors,
-    make_forms,
+    one_form,
     represent,
     troubles,
 )
-from dynprobe.analyzers._similarity import effects_of_deletions
+from dynprobe.analyzers._rsa_conditions import Conditions, class_targets, input_vectors
 from dynprobe.analyzers.core.activations import Activations
 from dynprobe.analyzers.core.contract import OptionError
-from dynprobe.analyzers.numerics.rdm import Floats, dissimilarities
+from dynprobe.analyzers.numerics.rdm import Bools, Floats, Integers, dissimilarities
 from dynprobe.analyzers.numerics.rdm_compare import (
     Comparison,
     Form,
-    chance,
+    comparable,
     noise_ceiling,
-    permutation_p,
 )
 from dynprobe.analyzers.numerics.rdm_units import cluster_units, unit_similarities
 
 WORDS = ("targets", "pixels")
 CENTRAL = 3
 """Units named for each cluster."""
+NAMED = 6
+"""Predictors named in one note."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +45,65 @@ class UnitChoice:
     inputs_shown: int
 
 
-def collect_predictors(option: str, batches: Any, conditions: Conditions) -> list[Predictor]:
+def collect_predictors(
+    option: str, classes: str, batches: Any, conditions: Conditions, choice: Choice
+) -> list[Predictor]:
     """What `--predictors` names, in order.
 
     Args:
         option: Files and the words targets and pixels, separated by commas.
+        classes: Names of predictors in files whose numbers are classes, separated by commas.
         batches: The data, for the words.
         conditions: Of the samples.
+        choice: The options.
 
     Raises:
-        OptionError: If a file does not fit, or the data do not have what a word asks for.
+        OptionError: If a file does not fit, the data do not have what a word asks for, or RDMs do not fit in
+            memory.
     """
     found: list[tuple[str, Predictor]] = []
-    for entry in (part.strip() for part in option.split(",")):
-        if not entry:
-            continue
+    labelled = _names(classes)
+
+    def room(more: int) -> None:
+        count = more + sum(len(predictor.rdms) for _entry, predictor in found)
+        check_memory(count, f"{count} predictors", conditions.n_stimuli, choice)
+
+    for entry in _names(option):
         if entry == "targets":
             found.append((entry, _of_targets(batches, conditions)))
         elif entry == "pixels":
+            room(1)
             patterns = conditions.mean(input_vectors(batches))
-            found.append((entry, Predictor(entry, dissimilarities(patterns, "euclidean")[None])))
+            rdm = dissimilarities(patterns, "euclidean")
+            found.append((entry, Predictor(entry, rdm[None], "Euclidean distance of the inputs")))
         else:
-            found += [(entry, predictor) for predictor in read_predictors(entry, conditions.n_stimuli)]
+            read = read_predictors(entry, conditions.n_stimuli, labelled, room)
+            found += [(entry, predictor) for predictor in read]
     if not found:
         raise OptionError("predictors names nothing.", "Give files, targets or pixels, separated by commas.")
+    names = [predictor.name for _entry, predictor in found]
+    if unknown := [name for name in labelled if name not in names]:
+        raise OptionError(
+            f"classes {unknown[0]}: no predictor is called so.", f"There are {', '.join(names[:20])}."
+        )
     return distinct_names(found)
+
+
+def _names(option: str) -> list[str]:
+    return [name for name in (part.strip() for part in option.split(",")) if name]
+
+
+def how_read(predictors: list[Predictor]) -> list[str]:
+    """A sentence for each way in which predictors were read."""
+    kinds: dict[str, list[str]] = {}
+    for predictor in predictors:
+        kinds.setdefault(predictor.kind, []).append(predictor.name)
+    return [f"{_some(names)}: {kind}" for kind, names in kinds.items()]
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
 
 
 def _of_targets(batches: Any, conditions: Conditions) -> Predictor:
@@ -99,34 +131,34 @@ class Pooled:
     similarities to the subjects.
     """
 
-    def __init__(self, predictors: list[Predictor], blocks: Any, compare: Comparison) -> None:
+    def __init__(self, predictors: list[Predictor], blocks: Integers | None, compare: Comparison) -> None:
         self.names = [p.name for p in predictors]
         self.n_subjects = np.array([len(p.rdms) for p in predictors])
         self.stacked = np.array([p.stacked for p in predictors])
-        self._compare = compare
-        parts = [make_forms(p.rdms, blocks, compare) for p in predictors]
-        self.subjects = [part.whole for part in parts]
-        self.forms = Forms(
-            _together([part.whole for part in parts]),
-            [_together(list(deleted)) for deleted in zip(*(part.deleted for part in parts), strict=True)],
-        )
+        self._blocks = blocks
+        self._rdms = [comparable(p.rdms, compare) for p in predictors]
         self.ceilings = [noise_ceiling(p.rdms, compare) if p.stacked else None for p in predictors]
+
+    def form(self, block: int = -1) -> Form:
+        """All predictors in the form in which they are compared, without a block of stimuli (−1: whole)."""
+        return _together([one_form(rdms, self._blocks, block) for rdms in self._rdms])
 
     def trouble(self) -> list[str]:
         """A sentence for each predictor without similarity."""
-        bad = np.isnan(self.forms.whole.left[:, 0])
-        return [
-            f"predictor {name}: no similarity, all its dissimilarities are equal"
-            for name, unknown in zip(self.names, bad, strict=True)
-            if unknown
-        ]
+        found = []
+        for name, rdms in zip(self.names, self._rdms, strict=True):
+            flat = np.flatnonzero(np.isnan(rdms.form().left[:, 0])) + 1
+            if len(flat):
+                who = f"subject {', '.join(map(str, flat))} of {len(rdms.rdms)}: " * (len(rdms.rdms) > 1)
+                found.append(f"predictor {name}: no similarity, {who}all dissimilarities are equal")
+        return found
 
     def over_subjects(self, layers: Form) -> Floats:
         """Standard error of the mean over subjects, shape (n_layers, n_predictors); NaN where none."""
         found = np.full((len(layers.left), len(self.names)), np.nan)
-        for i, subjects in enumerate(self.subjects):
+        for i, subjects in enumerate(self._rdms):
             if self.stacked[i]:
-                values = layers @ subjects
+                values = layers @ subjects.form()
                 found[:, i] = values.std(1, ddof=1) / np.sqrt(values.shape[1])
         return found
 
@@ -162,22 +194,17 @@ def against_predictors(
     Returns:
         The variables, and sentences for the reader.
     """
-    check_memory(sum(len(p.rdms) for p in predictors), conditions.n_stimuli, choice.memory)
     representation = represent(activations, conditions, choice)
     blocks = blocks_of(conditions, choice)
     pooled = Pooled(predictors, blocks, choice.compare)
     layers = forms_of(activations, representation, conditions, choice)
-    similarity = layers.whole @ pooled.forms.whole
-    stderr = np.full(similarity.shape, np.nan)
-    if blocks is not None:
-        pairs = zip(layers.deleted, pooled.forms.deleted, strict=True)
-        effect = effects_of_deletions(np.stack([one @ other for one, other in pairs], -1))
-        stderr = np.sqrt((effect**2).sum(-1))
-    stderr[:, pooled.stacked] = pooled.over_subjects(layers.whole)[:, pooled.stacked]
+    compared = compare_all(layers, pooled.form, blocks, choice)
+    stderr = compared.stderr
+    stderr[:, pooled.stacked] = pooled.over_subjects(layers(-1))[:, pooled.stacked]
     values: dict[str, Any] = {
-        "similarity": similarity,
+        "similarity": compared.similarity,
         "similarity_stderr": stderr,
-        "similarity_chance": chance(layers.whole, pooled.forms.whole),
+        "similarity_chance": compared.chance,
         "layer": representation.layers,
         "predictor": pooled.names,
         "n_subjects": pooled.n_subjects,
@@ -185,16 +212,14 @@ def against_predictors(
         "treatment": representation.treatment,
         **pooled.ceiling_arrays(),
     }
-    if choice.stimulus_permutations:
-        values["p_value"] = permutation_p(
-            layers.whole, pooled.forms.whole, choice.stimulus_permutations, choice.seed
-        )
-    if choice.save_rdms:
-        values["rdm"] = representation.rdms.astype(np.float32)
+    if compared.p_value is not None:
+        values["p_value"] = compared.p_value
+    if representation.rdms is not None:
+        values["rdm"] = representation.rdms
         values["predictor_rdm"] = np.stack([p.rdms.mean(0) for p in predictors]).astype(np.float32)
-    notes = [*troubles(("", representation)), *pooled.trouble()]
+    notes = [*how_read(predictors), *troubles(("", representation)), *pooled.trouble()]
     if units is not None:
-        found, more = _units(activations, pooled.forms.whole, conditions, choice, units)
+        found, more = _units(activations, pooled.form(), conditions, choice, units)
         values |= found
         notes += more
     return values, notes
@@ -214,10 +239,9 @@ def _units(
     clusters = cluster_units(similarity[:, known], clusters=units.clusters, central=CENTRAL, seed=choice.seed)
     labels = np.array([f"{n}:{i}" for n, values in patterns.items() for i in range(values.shape[1])])
     activation = np.concatenate(list(patterns.values()), axis=1)
-    shown = min(units.inputs_shown, len(activation))
-    order = np.argsort(activation[:, np.maximum(clusters.central, 0)], axis=0, kind="stable")
-    order = np.moveaxis(order, 0, -1)
-    there = (clusters.central >= 0)[..., None]
+    there = clusters.central >= 0
+    chosen = activation[:, np.maximum(clusters.central, 0)]
+    most, least = (_extremes(sign * chosen, there, units.inputs_shown) for sign in (-1, 1))
     values = {
         "unit": labels,
         "unit_similarity": similarity.astype(np.float32),
@@ -226,11 +250,26 @@ def _units(
         "n_clusters": clusters.n_clusters,
         "silhouette": clusters.silhouette,
         "rank": np.arange(1, CENTRAL + 1),
-        "shown": np.arange(1, shown + 1),
-        "central_unit": np.where(clusters.central >= 0, labels[np.maximum(clusters.central, 0)], ""),
-        "most_activating": np.where(there, order[..., ::-1][..., :shown], -1),
-        "least_activating": np.where(there, order[..., :shown], -1),
+        "shown": np.arange(1, least[0].shape[-1] + 1),
+        "central_unit": np.where(there, labels[np.maximum(clusters.central, 0)], ""),
+        "most_activating": most[0],
+        "most_activation": -most[1],
+        "least_activating": least[0],
+        "least_activation": least[1],
     }
     constant = int((np.ptp(activation, axis=0) == 0).sum())
     notes = [f"{constant} of {len(labels)} units are constant: in no cluster"] if constant else []
     return values, notes
+
+
+def _extremes(activation: Floats, there: Bools, shown: int) -> tuple[Integers, Floats]:
+    """Stimuli of the smallest activations, and these, shape (cluster, rank, shown).
+
+    −1 for the last ones if others that are not shown have the same activation: any would be as good.
+    """
+    order = np.moveaxis(np.argsort(activation, axis=0, kind="stable"), 0, -1)
+    values = np.take_along_axis(np.moveaxis(activation, 0, -1), order, -1)
+    shown = min(shown, values.shape[-1])
+    first, rest = values[..., :shown], values[..., shown:]
+    clear = there[..., None] & ~(first == rest[..., :1] if rest.size else False)
+    return np.where(clear, order[..., :shown], -1), np.where(there[..., None], first, np.nan)

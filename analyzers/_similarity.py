@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from dynprobe.analyzers._convergence import Convergence, convergence
 from dynprobe.analyzers._findings import convergence_findings, group_findings
 from dynprobe.analyzers._group_curves import GroupCurves, group_curves
-from dynprobe.analyzers._pair_table import PairTable
+from dynprobe.analyzers._pair_table import PairTable, most_similar
 from dynprobe.analyzers.core.result import Result, Var
 
 Floats = NDArray[np.float64]
@@ -130,7 +130,8 @@ def same_layer(
     """Fraction of layers whose most similar layer of the other network is the one of the same name.
 
     The accuracy of Kornblith et al. (2019, section 6.1), averaged over both directions. Layers without a
-    value of their own (constant ones) are not counted.
+    value of their own (constant ones) are not counted. A layer shares the first place with those that are as
+    similar up to rounding: dropout, in evaluation, hands on its input.
 
     Args:
         value: Similarities, shape (layer_a, layer_b).
@@ -171,9 +172,9 @@ def same_layer(
 
 def _fraction(value: Floats, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Floats:
     """The fraction for each of several matrices, shape (…, layer_a, layer_b) to (…)."""
-    filled = np.where(np.isfinite(value), value, -np.inf)
-    forward = filled[..., rows, :].argmax(-1) == columns
-    backward = filled[..., :, columns].argmax(-2) == rows
+    own = value[..., rows, columns]
+    forward = most_similar(own, np.nanmax(value[..., rows, :], -1))
+    backward = most_similar(own, np.nanmax(value[..., :, columns], -2))
     return np.asarray((forward.mean(-1) + backward.mean(-1)) / 2)
 
 

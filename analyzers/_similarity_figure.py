@@ -45,7 +45,8 @@ def similarity_figure(value: str, label: str) -> Callable[[Result, Any, str], No
         painters = {
             "heatmap": draw_heatmaps, "curves": draw_curves, "matrix": draw_matrix, "groups": draw_groups
         }  # fmt: skip
-        painters[chosen](table, figure, label)
+        named = f"{label} ({result.treatment})" if result.treatment else label
+        painters[chosen](table, figure, named)
 
     return draw
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynprobe.analyzers._pair_table import Family, PairTable, against_last, families
+from dynprobe.analyzers._pair_table import Checkpoint, Family, PairTable, against_last, families, most_similar
+from dynprobe.analyzers._similarity_names import at_step, label_axis, short, tell_apart
 from dynprobe.analyzers._steps import space_steps
 
 Floats = NDArray[np.float64]
@@ -18,32 +19,10 @@ WIDTH, COLUMN = 6.75, 3.25
 GREY, PALE = "#777777", "#D9D9D9"
 MOST_PANELS = 6
 MOST_CURVES = 4
-MOST_LABELS = 25
-"""Labels along an axis; more layers are labelled in part."""
 MOST_NAMED = 10
 """Layers that a legend names; more are read from a colour bar."""
 SIGNED = -0.1
 """A value below this gets a diverging scale; above it, it is an estimate of 0 with its error."""
-
-
-def short(text: str, length: int = 20) -> str:
-    """The end of a long name, as matplotlib prints it literally and a legend takes it."""
-    text = text.lstrip("_") or text
-    text = text if len(text) <= length else f"…{text[-length + 1 :]}"
-    return text.replace("$", r"\$")
-
-
-def at_step(run: str, step: float, length: int = 20) -> str:
-    """A checkpoint as a reader calls it."""
-    name = short(run, length)
-    return f"{name}, step {step:g}".removeprefix(", ") if math.isfinite(step) else name
-
-
-def label_axis(axis: Any, names: list[str], *, length: int = 18) -> None:
-    """Names along an axis, evenly thinned where there are too many; the last one always has its name."""
-    every = math.ceil(len(names) / MOST_LABELS)
-    shown = list(range(len(names) - 1, -1, -every))[::-1]
-    axis.set_ticks(shown, [short(names[i], length) for i in shown])
 
 
 def note(figure: Any, handles: list[Any], labels: list[str]) -> None:
@@ -123,6 +102,8 @@ def _mark_most_similar(panel: Any, shown: Floats, names_a: list[str], names_b: l
     size = max(1.2, min(3.0, 60 / max(shown.shape)))
     for i in np.flatnonzero(np.isfinite(shown).any(1)):
         j = int(np.nanargmax(shown[i]))
+        own = names_b.index(names_a[i]) if names_a[i] in names_b else j
+        j = own if most_similar(shown[i, own], shown[i, j]) else j
         red, green, blue, _ = image.cmap(image.norm(shown[i, j]))
         ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
         fill = ink if names_a[i] == names_b[j] else "none"
@@ -170,20 +151,17 @@ def draw_curves(table: PairTable, figure: Any, label: str) -> None:
     columns = 1 if len(shown) == 1 else 2
     lines = math.ceil(len(shown) / columns)
     figure.set_size_inches(WIDTH if columns == 2 else 4.4, 2.3 * lines + 0.2)
-    places = figure.add_gridspec(
-        lines, columns + 1, width_ratios=[1.0] * columns + [0.28 if columns == 2 else 0.4]
-    )
     colours = _colours(len(table.layers))
     final = {family.runs: family.against for family in against_last(table)}
     for i, family in enumerate(shown):
-        panel = figure.add_subplot(places[i // columns, i % columns])
+        panel = figure.add_subplot(lines, columns, i + 1)
         panel.spines[["top", "right"]].set_visible(False)
         _draw_family(panel, table, family, colours)
         if final.get(family.runs) == family.against:
             _mark_levels(panel, table, family, colours)
         panel.set_ylabel(f"{label}\n{short(family.against, 34)}")
         panel.set_title(" | ".join(short(run, 24) for run in family.runs), loc="left")
-    _explain_curves(figure.add_subplot(places[:, columns]), table, colours, left_out=len(found) - len(shown))
+    _explain_curves(figure, table, colours, left_out=len(found) - len(shown))
 
 
 def _draw_family(panel: Any, table: PairTable, family: Family, colours: list[Any]) -> None:
@@ -222,15 +200,15 @@ def _mark_levels(panel: Any, table: PairTable, family: Family, colours: list[Any
             )  # fmt: skip
 
 
-def _explain_curves(panel: Any, table: PairTable, colours: list[Any], *, left_out: int) -> None:
+def _explain_curves(figure: Any, table: PairTable, colours: list[Any], *, left_out: int) -> None:
     """Names of the layers, first at the top, and what the marks mean."""
     from matplotlib.lines import Line2D
 
-    panel.axis("off")
     few = len(colours) <= MOST_NAMED
     named = range(len(colours)) if few else np.unique(np.linspace(0, len(colours) - 1, 8).round().astype(int))
     handles: list[Any] = [Line2D([], [], color=colours[i], marker="o", markersize=2) for i in named]
-    labels = [short(table.layers[i], 16) for i in named]
+    short_names = tell_apart(table.layers, 16)
+    labels = [short_names[i] for i in named]
     if "converged_step" in table.result and np.isfinite(table.result["converged_step"]).any():
         level = float(table.options.get("level", 0.9))
         handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=4.5, fillstyle="none"))
@@ -245,9 +223,8 @@ def _explain_curves(panel: Any, table: PairTable, colours: list[Any], *, left_ou
         handles.append(Line2D([], [], linestyle=""))
         labels.append(f"{left_out} more not shown")
     title = "layer" if few else f"8 of {len(colours)} layers"
-    panel.legend(
-        handles, labels, loc="center left", bbox_to_anchor=(-0.25, 0.5), title=title, title_fontsize=6
-    )
+    where = "center right" if figure.get_layout_engine() is None else "outside right center"
+    figure.legend(handles, labels, loc=where, title=title, title_fontsize=6)
 
 
 def _colours(count: int) -> list[Any]:
@@ -274,7 +251,7 @@ def draw_matrix(table: PairTable, figure: Any, label: str) -> None:
     counts = np.isfinite(same).sum(1)
     mean = np.where(counts > 0, np.nansum(same, 1) / np.maximum(counts, 1), np.nan)
     kinds = [("mean over layers", mean)] if same.shape[1] > 1 else []
-    kinds.append((short(table.layers[last], 24), same[:, last]))
+    kinds.append((tell_apart(table.layers, 24)[last], same[:, last]))
     matrices = [_matrix(table, rows, nodes, values) for _, values in kinds]
     scale = _scale(np.stack(matrices))
     figure.set_size_inches(WIDTH if len(kinds) > 1 else COLUMN + 0.35, 3.5 if len(kinds) > 1 else 3.3)
@@ -296,42 +273,39 @@ def draw_matrix(table: PairTable, figure: Any, label: str) -> None:
         note(figure, [Patch(facecolor=PALE)], ["not measured, or not defined"])
 
 
-Node = tuple[str, float]
-
-
-def _nodes(table: PairTable) -> tuple[NDArray[np.intp], list[Node]]:
+def _nodes(table: PairTable) -> tuple[NDArray[np.intp], list[Checkpoint]]:
     """The pairs to draw and their checkpoints; of several runs at the same steps, only the last step."""
     rows = np.arange(len(table))
     apart = table.run_a != table.run_b
     if apart.any() and (table.step_a[apart] == table.step_b[apart]).all():
         last = table.step_a[apart].max()
         rows = np.flatnonzero((table.step_a == last) & (table.step_b == last))
-    found = dict.fromkeys(node for i in rows for node in _ends(table, int(i)))
-    runs = list(dict.fromkeys(run for run, _ in found))
-    return rows, sorted(found, key=lambda node: (runs.index(node[0]), node[1]))
+    found = dict.fromkeys(end for i in rows for end in table.ends[i])
+    runs = list(dict.fromkeys(run for run, _, _ in found))
+    in_order = table.runs_in_order()
+    order = {run: (1, 2) if run in in_order else (2, 1) for run in runs}  # by step, else by file
+    return rows, sorted(found, key=lambda node: (runs.index(node[0]), *(node[i] for i in order[node[0]])))
 
 
-def _ends(table: PairTable, row: int) -> tuple[Node, Node]:
-    """Both checkpoints of a pair; an unknown step is −∞, which unlike NaN equals itself."""
-    a, b = (float(np.nan_to_num(step[row], nan=-np.inf)) for step in (table.step_a, table.step_b))
-    return (str(table.run_a[row]), a), (str(table.run_b[row]), b)
-
-
-def _matrix(table: PairTable, rows: NDArray[np.intp], nodes: list[Node], values: Floats) -> Floats:
+def _matrix(table: PairTable, rows: NDArray[np.intp], nodes: list[Checkpoint], values: Floats) -> Floats:
     at = {node: i for i, node in enumerate(nodes)}
     matrix = np.full((len(nodes), len(nodes)), np.nan)
     for i, value in zip(rows, values, strict=True):
-        a, b = (at[node] for node in _ends(table, int(i)))
+        a, b = (at[node] for node in table.ends[i])
         matrix[a, b] = matrix[b, a] = value
     return matrix
 
 
-def _node_names(nodes: list[Node]) -> tuple[list[str], str]:
-    runs, steps = {run for run, _ in nodes}, {step for _, step in nodes}
+def _node_names(nodes: list[Checkpoint]) -> tuple[list[str], str]:
+    runs, steps = {run for run, _, _ in nodes}, {step for _, step, _ in nodes}
+    if len({node[:2] for node in nodes}) < len(nodes):
+        files = [file.replace("\\", "/").rsplit("/", 1)[-1] for _, _, file in nodes]
+        unique = len(set(files)) == len(files)
+        return (files, "file") if unique else ([file for _, _, file in nodes], "file")
     if len(runs) == 1:
         run = next(iter(runs))
-        return [f"{step:g}" for _, step in nodes], f"step of {short(run)}" if run else "step"
+        return [f"{step:g}" for _, step, _ in nodes], f"step of {short(run)}" if run else "step"
     if len(steps) == 1:
         step = next(iter(steps))
-        return [run for run, _ in nodes], f"run, at step {step:g}" if math.isfinite(step) else "network"
-    return [at_step(run, step) for run, step in nodes], "run and step"
+        return [run for run, _, _ in nodes], f"run, at step {step:g}" if math.isfinite(step) else "network"
+    return [at_step(run, step) for run, step, _ in nodes], "run and step"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
+from dynprobe.analyzers import Measurement, OptionError, Range, Setting, Var, analyzer
 from dynprobe.analyzers._cca import Network, Pair, reduce_network
 from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers._similarity import SUMMARY_RETURNS, summary
@@ -24,6 +24,7 @@ MAIN = {
     "pwcca": "PWCCA, mean of both sides",
     "procrustes": "Procrustes similarity",
 }
+ERROR = "Standard error over stimuli (first-order jackknife over blocks)"
 LABELS = {"mean_rho": "mean ρ", "mean_rho_squared": "mean ρ²", "svcca": "SVCCA", "pwcca": "PWCCA"}
 
 
@@ -39,13 +40,13 @@ def _returns() -> dict[str, Var]:
     found = {}
     for name, what in MAIN.items():
         found[name] = _layers(f"{what}; 1 for equal representations", f"{name}_stderr")
-        found[f"{name}_stderr"] = _layers("Standard error over stimuli (jackknife over blocks)")
+        found[f"{name}_stderr"] = _layers(ERROR)
         exact = " (closed form)" if name == "mean_rho_squared" else ", mean over permutations"
         found[f"{name}_chance"] = _layers(f"The same of unrelated rows{exact}")
     for side in "ab":
         whose = "first" if side == "a" else "second"
         found[f"pwcca_{side}"] = _layers(f"PWCCA weighted by the {whose} network", f"pwcca_{side}_stderr")
-        found[f"pwcca_{side}_stderr"] = _layers("Standard error over stimuli (jackknife over blocks)")
+        found[f"pwcca_{side}_stderr"] = _layers(ERROR)
         found[f"layer_{side}"] = _side("Layer", side)
         found[f"n_features_{side}"] = _side("Features", side)
         found[f"rank_{side}"] = _side("Numerical rank", side)
@@ -82,12 +83,18 @@ def _summary(result: Result) -> Mapping[str, Any]:
 
 def _draw(result: Result, figure: Any, style: str = "") -> None:
     statistic = _statistic(result)
-    similarity_figure(statistic, LABELS[statistic])(result, figure, style)
+    original = (result.attributes.get("options") or {}).get("pwcca") == "original"
+    code = " (published code)" if original and statistic == "pwcca" else ""
+    similarity_figure(statistic, LABELS[statistic] + code)(result, figure, style)
+
+
+def _under(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"matrix": str(options.get("statistic", "pwcca"))}
 
 
 def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     del options, n_checkpoints
-    return {"forwards": 2}
+    return {"forwards": 1}
 
 
 @analyzer(
@@ -95,6 +102,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     figure=_draw,
     table=("pwcca", "svcca", "mean_rho", "same_layer"),
     matrix="pwcca",
+    under=_under,
     cost=_cost,
     summary=_summary,
     summary_returns=SUMMARY_RETURNS,
@@ -115,10 +123,10 @@ def cca(
     layers: str = "auto",
     maps: Literal["average", "flatten", "positions"] = "average",
     sequences: Literal["last", "mean", "first", "flatten", "per-step", "token"] = "mean",
-    memory: Annotated[float, Range(min=0)] = 4.0,
-    permutations: Annotated[int, Range(min=1)] = 10_000,
-    bootstrap: Annotated[int, Range(min=1)] = 2000,
-    level: Annotated[float, Range(min=0, max=1)] = 0.9,
+    memory: Annotated[float, Range(min=0), Setting()] = 4.0,
+    permutations: Annotated[int, Range(min=1), Setting()] = 10_000,
+    bootstrap: Annotated[int, Range(min=2), Setting()] = 2000,
+    level: Annotated[float, Range(min=0, max=1), Setting()] = 0.9,
     seed: int = 0,
 ) -> Measurement:
     """Canonical correlations between layers of two networks: mean ρ, SVCCA, PWCCA and Procrustes similarity.
@@ -129,10 +137,11 @@ def cca(
     layer they account for; Procrustes compares up to rotation and scale. All are 1 for equal
     representations, and none is 0 for unrelated ones: each has its chance level.
 
-    Where the ranks of two layers add up to n - 1, correlations are 1 whatever the data: refused.
+    Where the ranks of two layers reach n - 1 together, correlations approach 1 whatever the data: refused.
 
     Cost: one forward pass and one decomposition per layer at each checkpoint, however many pairs it stands
-    in; per pair one product and small decompositions, times 1 + blocks + permutations for errors and chance.
+    in; per pair of layers one product and three decompositions of rank × rank matrices, about twice that with
+    errors, and up to three for each permutation.
 
     Args:
         activations_a: Of the first network: an array (n_samples, n_features), a dict of them, or
@@ -140,14 +149,14 @@ def cca(
         activations_b: Of the second, on the same samples.
         threshold: Part of the squared singular values (or of these) that SVCCA's components reach.
         sv: What the threshold is a part of: variance (squared singular values) or sigma (singular values).
-        components: Number of SVCCA's components, in place of the threshold.
+        components: Number of SVCCA's components, in place of threshold and sv; all of a layer with fewer.
         pwcca: As the paper defines it, or as the code published with it computes it (original), which
             depends on the order, shift and signs of neurons; for comparison with old numbers only.
         statistic: Which one the summary, the figure and same_layer are of.
-        jackknife_blocks: Blocks of samples left out in turn for standard errors; 0 for no errors.
+        jackknife_blocks: Blocks of samples whose influence gives standard errors; 0 for no errors.
         chance_permutations: Permutations of the samples for chance levels; 0 for none. Layers of m > 16
             dimensions take 16/m of them, and at least 3, for the same precision.
-        force: Also where correlations are 1 whatever the data.
+        force: Also where correlations approach or are 1 whatever the data.
         layers: Names or globs separated by commas; auto; all.
         maps: Convolutional maps: average over positions, flatten, or positions as samples.
         sequences: Sequences: last, mean or first position, flatten, per-step, or token as samples.
@@ -175,10 +184,15 @@ def cca(
     check_seed(seed)
     if jackknife_blocks == 1:
         raise OptionError(
-            "leaving out 1 block leaves nothing.", "Give --jackknife-blocks 2 or more, or 0 for no errors."
+            "1 block of samples has no spread.", "Give --jackknife-blocks 2 or more, or 0 for no errors."
         )
     if threshold == 0 and components is None:
         raise OptionError("threshold 0 keeps no component.", "Give a part of the variance above 0, as 0.99.")
+    if components is not None and (threshold, sv) != (0.99, "variance"):
+        raise OptionError(
+            "--components sets the number that --threshold and --sv would find.",
+            "Give --components alone, or --threshold and --sv.",
+        )
     a, b = as_activations(activations_a), as_activations(activations_b)
     notes = [*subset_note(a), *check_comparable(a, b)]
     before = a.forwards + (b.forwards if b is not a else 0)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dynprobe.analyzers import Measurement, Range, Var, analyzer
-from dynprobe.analyzers._cka import BANDWIDTH, GIGABYTE, Choice, Representation, check_choice, troubles
-from dynprobe.analyzers._cka_record import represent
+from dynprobe.analyzers import Measurement, Range, Setting, Var, analyzer
+from dynprobe.analyzers._cka import BANDWIDTH, GIGABYTE, Choice, Representation, Rows, check_choice, troubles
+from dynprobe.analyzers._cka_record import in_minibatches, represent
 from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers._similarity import (
     SUMMARY_RETURNS,
@@ -23,8 +24,9 @@ from dynprobe.analyzers._similarity import (
 )
 from dynprobe.analyzers._similarity_figure import similarity_figure
 from dynprobe.analyzers.core.activations import as_activations, check_comparable
+from dynprobe.analyzers.numerics.hsic_chance import mean_over_orders
 from dynprobe.analyzers.numerics.hsic_compare import compare
-from dynprobe.analyzers.numerics.hsic_minibatch import halves_deviation, minibatch_terms
+from dynprobe.analyzers.numerics.hsic_minibatch import MinibatchTerms
 
 Floats = NDArray[np.float64]
 
@@ -75,10 +77,11 @@ RETURNS = {
 }
 
 
-def _cost(options: Any, n_checkpoints: int) -> dict[str, int]:
+def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     """A checkpoint is run once, however many pairs it stands in; consecutive pairs add one each."""
-    del options, n_checkpoints
-    return {"forwards": 1}
+    del n_checkpoints
+    widths_first = options.get("kernel") == "rbf" and options.get("minibatch", 0)
+    return {"forwards": 2 if widths_first else 1}
 
 
 @analyzer(
@@ -102,21 +105,24 @@ def cka(
     layers: str = "auto",
     maps: Literal["average", "flatten", "positions"] = "flatten",
     sequences: Literal["last", "mean", "first", "flatten", "per-step", "token"] = "mean",
-    memory: Annotated[float, Range(min=0)] = 4.0,
+    memory: Annotated[float, Range(min=0), Setting()] = 4.0,
     seed: int = 0,
-    permutations: Annotated[int, Range(min=1)] = 10000,
-    bootstrap: Annotated[int, Range(min=1)] = 2000,
-    level: Annotated[float, Range(min=0, max=1)] = 0.9,
+    permutations: Annotated[int, Range(min=1), Setting()] = 10000,
+    bootstrap: Annotated[int, Range(min=2), Setting()] = 2000,
+    level: Annotated[float, Range(min=0, max=1), Setting()] = 0.9,
 ) -> Measurement:
     """Centred kernel alignment: how similar the representations of two checkpoints are, layer by layer.
 
     CKA = HSIC(K, L)/√(HSIC(K, K) HSIC(L, L)) with the kernels K = X Xᵀ and L = Y Yᵀ of two layers on the
     same samples (Kornblith et al. 2019, eq. 4): 1 for representations equal up to rotation, scale and shift,
-    0 on average for unrelated ones when HSIC is estimated without bias (Song et al. 2012, eq. 5). Nothing is
-    clamped: the unbiased estimate can be slightly negative.
+    0 on average for unrelated ones when HSIC is estimated without bias (Song et al. 2012, eq. 5), if rows are
+    samples; `cka_chance` has the exact mean over orders of the samples. Nothing is clamped: the unbiased
+    estimate can be slightly negative. The jackknife standard error is an upper estimate, about √2 times too
+    large for unrelated or very wide layers.
 
-    Cost: one forward pass per checkpoint whatever the number of pairs, and the products of n samples with
-    each other, n²ΣD, or of features with each other, whichever are fewer.
+    Cost: one forward pass per checkpoint whatever the number of pairs (a second one over at most 512 samples
+    for σ of the rbf kernel in minibatches), and the products of n samples with each other, n²ΣD, or of
+    features with each other, whichever are fewer.
 
     Args:
         activations_a: Those of the first checkpoint; in a notebook an array (n_samples, n_features), a dict
@@ -124,7 +130,7 @@ def cka(
         activations_b: Of the second, on the same inputs in the same order.
         kernel: linear, or rbf: exp(−distance²/(2σ²)).
         estimator: unbiased, or biased as in the first papers; its floor at chance is reported beside.
-        bandwidth: σ of the rbf kernel over the layer's median distance between samples.
+        bandwidth: σ of the rbf kernel over the layer's median distance between samples, from 1e-6 to 1e6.
         minibatch: Samples per minibatch, for which HSIC is summed with little memory; 0 takes all at once.
         layers: auto, all, or names and globs separated by commas.
         maps: What becomes of convolutional maps: flatten, average over positions, or positions as samples.
@@ -158,15 +164,25 @@ def cka(
     )  # fmt: skip
     check_choice(choice, a.n_samples)
     before = a.forwards + (b.forwards if b is not a else 0)
-    first = a.remembered(("cka", choice), lambda: represent(a, choice), limit=memory * GIGABYTE)
-    second = (
-        first
-        if a is b or a.key == b.key
-        else b.remembered(("cka", choice), lambda: represent(b, choice), limit=memory * GIGABYTE)
-    )
+    limit = memory * GIGABYTE
+    first = a.remembered(("cka", choice), lambda: represent(a, choice), limit=limit)
+    batches = MinibatchTerms(first.minibatch)
+
+    def represent_second() -> Representation:
+        if choice.minibatch and (b is not activations_b or not b.again):
+            raise _NotKeptError
+        return represent(b, choice)
+
+    try:
+        same = a is b or a.key == b.key
+        second = first if same else b.remembered(("cka", choice), represent_second, limit=limit)
+    except _NotKeptError:  # no other pair asks for its kernels: they are compared as they are made
+        second = in_minibatches(b, choice, batches.add)
     pair = _Pair(first, second, choice, a.n_samples)
     if choice.minibatch:
-        pair.in_minibatches()
+        for batch in second.minibatch:
+            batches.add(batch)
+        pair.in_minibatches(batches)
     else:
         pair.in_full()
         if minibatch:
@@ -178,6 +194,10 @@ def cka(
             dict.fromkeys([*notes, *troubles(a.label, first), *troubles(b.label, second), *pair.notes])
         ),
     )
+
+
+class _NotKeptError(Exception):
+    """Kernels are not there, and are not worth keeping."""
 
 
 class _Pair:
@@ -213,21 +233,30 @@ class _Pair:
                 found = compare(first.kernels, second.kernels, blocks, first.sample)
                 self.value[at], self.stderr[at], self.effect[at] = found.value, found.stderr, found.effect
                 self.hsic[at] = found.total / (n * (n - 3.0) if unbiased else (n - 1.0) ** 2)
-                self.chance[at] = 0.0 if unbiased else _chance(first.kernels, second.kernels)
+                self.chance[at] = self._chance(first, second)
         if unmatched:
             self.notes.append(
                 f"{unmatched} pairs of layers have different positions, so that rows do not correspond; "
                 "their similarities are NaN"
             )
 
-    def in_minibatches(self) -> None:
+    def _chance(self, a: Rows, b: Rows) -> Floats | float:
+        if a.blocks is None or b.blocks is None:
+            self.notes.append(
+                "samples have different numbers of rows, so that they cannot change places: cka_chance and "
+                "excess are NaN"
+            )
+            return math.nan
+        scale = torch.outer(a.kernels.total.sqrt(), b.kernels.total.sqrt())
+        chance: Floats = (mean_over_orders(a.blocks, b.blocks) / scale).cpu().numpy()
+        return chance
+
+    def in_minibatches(self, terms: MinibatchTerms) -> None:
         """HSIC summed over minibatches; their errors from leaving one out."""
-        a, b = self._a.minibatch, self._b.minibatch
-        assert a is not None
-        assert b is not None
-        terms = minibatch_terms(a, b)
-        self.deviation = halves_deviation(a, b, terms, self._choice.seed).cpu().numpy()
-        cross, own_a, own_b = (term.cpu().numpy() for term in terms)
+        self.deviation = terms.deviation().cpu().numpy()
+        cross, own_a, own_b = (
+            torch.stack(term).cpu().numpy() for term in (terms.cross, terms.own_a, terms.own_b)
+        )
         good_a, good_b = (np.array([not why for why in r.trouble]) for r in (self._a, self._b))
         with np.errstate(divide="ignore", invalid="ignore"):
             self.value = cross.sum(0) / np.sqrt(np.outer(own_a.sum(0), own_b.sum(0)))
@@ -241,7 +270,9 @@ class _Pair:
             values[~np.outer(good_a, good_b)] = np.nan
         for side, representation in enumerate((self._a, self._b)):
             self.own[side][[bool(why) for why in representation.trouble]] = np.nan
-        self.notes.append(f"{len(cross)} minibatches of at most {max(a.sizes)} samples")
+        self.notes.append(
+            f"{len(cross)} minibatches of at most {max(batch.size for batch in self._a.minibatch)} samples"
+        )
 
     def results(self) -> dict[str, Any]:
         """Everything that `cka` declares of a pair."""
@@ -275,10 +306,3 @@ class _Pair:
             found["layer"] = np.array(names, dtype=object)
             found["block_effect"] = self.effect[at].astype(np.float32)
         return found
-
-
-def _chance(a: Any, b: Any) -> Floats:
-    """Mean of the biased CKA over permutations of the rows of one layer: tr K tr L/((n − 1)|K||L|)."""
-    first, second = (k.diagonal.sum(0) / k.total.sqrt() for k in (a, b))
-    chance: Floats = torch.outer(first, second).cpu().numpy() / (a.n_rows - 1)
-    return chance

@@ -7,34 +7,26 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from dynprobe.analyzers import InputFile, Measurement, OptionError, Range, Var, analyzer
-from dynprobe.analyzers._rsa import (
-    Choice,
-    Conditions,
-    blocks_of,
-    conditions_of,
-    forms_of,
-    represent,
-    troubles,
-)
+from dynprobe.analyzers import InputFile, Measurement, OptionError, Range, Setting, Var, analyzer
+from dynprobe.analyzers._rsa import Choice, blocks_of, compare_all, forms_of, represent, troubles
 from dynprobe.analyzers._rsa_ceiling import CEILING_RETURNS, ceiling_between_runs
+from dynprobe.analyzers._rsa_conditions import Conditions, conditions_of
 from dynprobe.analyzers._rsa_figure import draw_rsa
 from dynprobe.analyzers._rsa_predictors import WORDS, UnitChoice, against_predictors, collect_predictors
 from dynprobe.analyzers._sampling import check_seed, subset_note
 from dynprobe.analyzers._similarity import (
     SUMMARY_RETURNS,
     common_layers,
-    effects_of_deletions,
     same_layer,
     summary,
 )
 from dynprobe.analyzers.core.activations import Activations, as_activations, check_comparable
 from dynprobe.analyzers.core.result import Result
-from dynprobe.analyzers.numerics.rdm_compare import chance, permutation_p
 
 _PAIR = ("layer_a", "layer_b")
 _PREDICTED = ("layer", "predictor")
 _SHOWN = ("cluster", "rank", "shown")
+PERMUTATIONS, BOOTSTRAP, LEVEL = 10_000, 2000, 0.9
 
 
 def _maybe(dims: tuple[str, ...], long_name: str, error: str = "") -> Var:
@@ -67,6 +59,10 @@ PAIR_RETURNS = {
     "n_features_b": Var(("layer_b",), "", "Features of the second network's layers"),
     "treatment_a": Var(("layer_a",), "", "How outputs became patterns, first network"),
     "treatment_b": Var(("layer_b",), "", "How outputs became patterns, second network"),
+    "self_similarity_a": _maybe(
+        ("layer_a",), "Similarity of an RDM to itself (rho-a: below 1 with ties), first network"
+    ),
+    "self_similarity_b": _maybe(("layer_b",), "Similarity of an RDM to itself, second network"),
     "rdm_a": _maybe(("layer_a", "entry"), "RDM above its diagonal, row by row, first network"),
     "rdm_b": _maybe(("layer_b", "entry"), "RDM above its diagonal, row by row, second network"),
     **_BOTH,
@@ -101,8 +97,14 @@ PREDICTOR_RETURNS = {
     "rank": _maybe(("rank",), "Place in the order of distance from the cluster's centre"),
     "shown": _maybe(("shown",), "Place in the order of activation"),
     "central_unit": _maybe(("cluster", "rank"), "Units nearest to the cluster's centre"),
-    "most_activating": _maybe(_SHOWN, "Stimuli that activate the central unit most, by index"),
-    "least_activating": _maybe(_SHOWN, "Stimuli that activate the central unit least, by index"),
+    "most_activating": _maybe(
+        _SHOWN, "Stimuli that activate the central unit most, by index; -1 where others do as much"
+    ),
+    "most_activation": _maybe(_SHOWN, "Their activations"),
+    "least_activating": _maybe(
+        _SHOWN, "Stimuli that activate the central unit least, by index; -1 where others do as little"
+    ),
+    "least_activation": _maybe(_SHOWN, "Their activations"),
     **_BOTH,
 }
 
@@ -151,6 +153,7 @@ def rsa(
     batches: Any = None,
     *,
     predictors: Annotated[str, InputFile()] = "",
+    classes: str = "",
     dissimilarity: Literal["correlation", "cosine", "euclidean", "sqeuclidean", "crossnobis"] = "correlation",
     compare: Literal["spearman", "rho-a", "pearson", "cosine", "whitened"] = "spearman",
     layers: str = "auto",
@@ -165,10 +168,10 @@ def rsa(
     jackknife_blocks: Annotated[int, Range(min=0)] = 10,
     stimulus_permutations: Annotated[int, Range(min=0)] = 0,
     save_rdms: bool = False,
-    memory: Annotated[float, Range(min=0)] = 4.0,
-    permutations: Annotated[int, Range(min=1)] = 10000,
-    bootstrap: Annotated[int, Range(min=2)] = 2000,
-    level: Annotated[float, Range(min=0, max=1)] = 0.9,
+    memory: Annotated[float, Range(min=0), Setting()] = 4.0,
+    permutations: Annotated[int, Range(min=1), Setting()] = PERMUTATIONS,
+    bootstrap: Annotated[int, Range(min=2), Setting()] = BOOTSTRAP,
+    level: Annotated[float, Range(min=0, max=1), Setting()] = LEVEL,
     seed: int = 0,
 ) -> Measurement:
     """Representational dissimilarity matrices: layers compared with layers, or with predictors from files.
@@ -178,7 +181,8 @@ def rsa(
     features of the stimuli, class labels or measured elsewhere. 1 for equal RDMs; the mean under permuted
     stimuli stands beside (similarity_chance). Whitened cosine of squared distances is biased linear CKA.
 
-    Cost: one forward pass per checkpoint; RDMs take n²/2 numbers a layer for n stimuli.
+    Cost: one forward pass per checkpoint; RDMs take n²/2 numbers a layer for n stimuli, and are compared anew
+    without each block of stimuli.
 
     Args:
         activations_a: Of the first network, or of the only one; in a notebook also an array (n_samples,
@@ -188,6 +192,8 @@ def rsa(
         predictors: Files (.npy, .npz, .mat, .csv) with RDMs, stacks of them, feature tables or class labels,
             and the words targets (same class or not) and pixels (distance of the inputs), separated by
             commas; empty compares pairs of checkpoints.
+        classes: Predictors in files whose numbers are class labels (same class or not), by name, separated by
+            commas: otherwise numbers have distances, and only text has classes.
         dissimilarity: correlation (1 - r), cosine, euclidean, sqeuclidean, or crossnobis (cross-validated
             over repeats, needs conditions).
         compare: spearman, rho-a, pearson, cosine or whitened.
@@ -204,7 +210,8 @@ def rsa(
         jackknife_blocks: Blocks of stimuli left out one by one for standard errors; 0 for none.
         stimulus_permutations: Permutations of stimuli for a p-value of each similarity; 0 for none.
         save_rdms: Keep the RDMs in the report.
-        memory: Gigabytes for RDMs; what was longest unused goes to a temporary file.
+        memory: Gigabytes for RDMs, beside the activations that they are made of; what was longest unused goes
+            to a temporary file.
         permutations: Relabelings of networks for tests between groups, exact where there are no more.
         bootstrap: Draws of networks and stimuli for errors of group means.
         level: Similarity to the last checkpoint that counts as converged (`--against final`).
@@ -226,9 +233,12 @@ def rsa(
         van Assen, Nishida and Fleming, "Visual perception of liquids: Insights from deep neural networks",
         PLoS Comput. Biol. 16 (2020).
     """
-    del permutations, bootstrap, level  # of the summary over all pairs
     check_seed(seed)
-    _check_options(predictors, dissimilarity, conditions, folds, noise, units, clusters, inputs_shown)
+    _check_options(
+        predictors, classes, dissimilarity, conditions, folds, noise, units, clusters, inputs_shown
+    )
+    if predictors:
+        _check_summary(permutations, bootstrap, level)
     if jackknife_blocks == 1:
         raise OptionError("jackknife-blocks 1 leaves nothing.", "Give 2 or more blocks, or 0 for no errors.")
     choice = Choice(
@@ -241,7 +251,7 @@ def rsa(
     notes = [*subset_note(first), *check_comparable(first, second)]
     stimuli = conditions_of(conditions, batches, first.n_samples)
     if predictors:
-        chosen = collect_predictors(predictors, batches, stimuli)
+        chosen = collect_predictors(predictors, classes, batches, stimuli, choice)
         unit_choice = UnitChoice(clusters, inputs_shown) if units else None
         values, found = against_predictors(first, chosen, stimuli, choice, unit_choice)
     elif activations_b is None:
@@ -266,37 +276,34 @@ def _compare(
     first: Activations, second: Activations, stimuli: Conditions, choice: Choice
 ) -> tuple[dict[str, Any], list[str]]:
     """Every layer of one network with every layer of another."""
-    sides = [represent(one, stimuli, choice) for one in (first, second)]
-    a, b = sides
-    forms_a, forms_b = (forms_of(o, s, stimuli, choice) for o, s in zip((first, second), sides, strict=True))
-    similarity = forms_a.whole @ forms_b.whole
-    effect = np.full((*similarity.shape, 1), np.nan)
-    if forms_a.deleted:
-        pairs = zip(forms_a.deleted, forms_b.deleted, strict=True)
-        effect = effects_of_deletions(np.stack([one @ other for one, other in pairs], -1))
-    matched, matched_stderr = same_layer(similarity, effect, a.layers, b.layers, choice.seed)
+    a, b = represent(first, stimuli, choice), represent(second, stimuli, choice)
+    sides = (("a", first, a), ("b", second, b))
+    forms = [forms_of(one, side, stimuli, choice) for _half, one, side in sides]
+    blocks = blocks_of(stimuli, choice)
+    found = compare_all(forms[0], forms[1], blocks, choice)
+    matched, matched_stderr = same_layer(found.similarity, found.effect, a.layers, b.layers, choice.seed)
     values: dict[str, Any] = {
-        "similarity": similarity,
-        "similarity_stderr": np.sqrt((effect**2).sum(-1)),
-        "similarity_chance": chance(forms_a.whole, forms_b.whole),
+        "similarity": found.similarity,
+        "similarity_stderr": found.stderr,
+        "similarity_chance": found.chance,
         "layer_a": a.layers,
         "layer_b": b.layers,
         "same_layer": matched,
         "same_layer_stderr": matched_stderr,
     }
-    for half, side in (("a", a), ("b", b)):
+    if found.p_value is not None:
+        values["p_value"] = found.p_value
+    for (half, _one, side), form in zip(sides, forms, strict=True):
         values[f"n_features_{half}"] = side.n_features
         values[f"treatment_{half}"] = side.treatment
-        if choice.save_rdms:
-            values[f"rdm_{half}"] = side.rdms.astype(np.float32)
+        if side.rdms is not None:
+            values[f"rdm_{half}"] = side.rdms
+        if choice.compare == "rho-a":
+            values[f"self_similarity_{half}"] = [float(row @ row) for row in form(-1).left]
     common = common_layers(a.layers, b.layers)
-    if common and forms_a.deleted:
-        at = [[side.layers.index(name) for name in common] for side in sides]
-        values |= {"layer": common, "block_effect": effect[at[0], at[1]].astype(np.float32)}
-    if choice.stimulus_permutations:
-        values["p_value"] = permutation_p(
-            forms_a.whole, forms_b.whole, choice.stimulus_permutations, choice.seed
-        )
+    if common and blocks is not None:
+        at = [[side.layers.index(name) for name in common] for side in (a, b)]
+        values |= {"layer": common, "block_effect": found.effect[at[0], at[1]].astype(np.float32)}
     if first is second or first.key == second.key:
         return values, troubles(("", a))
     names = [first.label, second.label]
@@ -310,6 +317,7 @@ def _forwards(first: Activations, second: Activations) -> int:
 
 def _check_options(
     predictors: str,
+    classes: str,
     dissimilarity: str,
     conditions: str,
     folds: int,
@@ -328,8 +336,23 @@ def _check_options(
         ("folds", folds != 2, "--dissimilarity crossnobis", dissimilarity == "crossnobis"),
         ("noise", noise != "shrunk", "--dissimilarity crossnobis", dissimilarity == "crossnobis"),
         ("units", units, "--predictors", bool(predictors)),
+        ("classes", bool(classes), "--predictors", bool(predictors)),
         ("clusters", clusters != 0, "--units", units),
         ("inputs-shown", inputs_shown != 5, "--units", units),
     ):
         if given and not on:
             raise OptionError(f"{name} has no effect without {needed}.", f"Add {needed}, or leave it out.")
+
+
+def _check_summary(permutations: int, bootstrap: int, level: float) -> None:
+    """Options of the summary over pairs, of which there are none."""
+    for name, given in (
+        ("permutations", permutations != PERMUTATIONS),
+        ("bootstrap", bootstrap != BOOTSTRAP),
+        ("level", level != LEVEL),
+    ):
+        if given:
+            raise OptionError(
+                f"{name} has no effect with --predictors, which compares no pairs of checkpoints.",
+                "Leave it out; --stimulus-permutations gives p-values of similarities to predictors.",
+            )

@@ -38,7 +38,7 @@ def show_plan(request: Request, plan: Plan) -> None:
         for workspace in unit.workspaces:
             workspace.release()
         rows.append(row)
-    to_do = sum(row["plan"] == "measure" for row in rows)
+    to_do = [plan.units[p] for p, row in zip(plan.mine, rows, strict=True) if row["plan"] == "measure"]
     _show(request, rows, _cost(plan, to_do) | {"report": str(report)})
 
 
@@ -51,17 +51,18 @@ def _known(request: Request, plan: Plan, unit: Unit, store: Shelf, previous: str
     return "stored" if not request.fresh and store.get(key) is not None else "measure", key
 
 
-def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
+def _cost(plan: Plan, to_do: list[Unit]) -> dict[str, Any]:
     """Counts of work for the pieces to be measured, and the time it takes by one timed forward pass."""
-    cost: dict[str, Any] = {"pieces to measure": to_do}
+    cost: dict[str, Any] = {"pieces to measure": len(to_do)}
     if plan.declaration.cost is None or not to_do:
         return cost
     n_checkpoints = max(len(unit.workspaces) for unit in plan.units)
-    # what is recorded of a checkpoint serves all its pairs
     recorded = plan.declaration.wants("activations")
-    n_units = len({id(w) for p in plan.mine for w in plan.units[p].workspaces}) if recorded else to_do
+    n_units = len(to_do)
+    if recorded:  # once per checkpoint, for all its pairs
+        n_units = len({id(w) for u in to_do for w in u.workspaces if not w.run.setup.saved})
     for name, count in plan.declaration.cost(plan.job.options, n_checkpoints).items():
-        if count:
+        if count * n_units:
             cost[name] = count * n_units
     if "forwards" in cost and (recorded or plan.declaration.wants("batches")):
         try:
@@ -77,7 +78,7 @@ def _cost(plan: Plan, to_do: int) -> dict[str, Any]:
 def _seconds_per_forward(plan: Plan) -> float:
     import torch
 
-    setup = plan.prepared[0].run.setup
+    setup = next(p.run.setup for p in plan.prepared if not p.run.setup.saved)
     model, batches = setup.model().eval(), setup.batches
     from dynprobe.analyzers.numerics.evaluate import call
 

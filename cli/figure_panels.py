@@ -163,8 +163,9 @@ def small_print(result: Result, shown: Sequence[int] | None, notes: Sequence[str
     if runs:
         names = ", ".join(runs[:4]) + (", …" if len(runs) > 4 else "")
         sentences.append(f"run{'s' if len(runs) > 1 else ''} {names}")
-    steps = next((np.atleast_1d(result[n]) for n in ("step", "step_b") if n in result), np.array([]))
-    known = [s for s in map(number_or_nan, steps.tolist()) if math.isfinite(s)]
+    axes = [n for n in ("step", "step_a", "step_b") if n in result]
+    steps = [step for n in axes for step in np.atleast_1d(result[n]).tolist()]
+    known = [s for s in map(number_or_nan, steps) if math.isfinite(s)]
     if known:
         unit = str(np.atleast_1d(result["step_unit"])[0]) if "step_unit" in result else "step"
         ends = [step_text(min(known)), step_text(max(known))]

@@ -38,7 +38,8 @@ def print_matrices(result: Result) -> None:
         if matrix.size == 1:
             continue
         print()
-        print(f"{name}: {_title(result, i, rows, columns)}")
+        treated = f" ({result.treatment})" if result.treatment else ""
+        print(f"{name}{treated}: {_title(result, i, rows, columns)}")
         _print(lines, matrix, cell)
 
 

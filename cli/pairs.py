@@ -13,6 +13,7 @@ from dynprobe.analyzers.core.contract import Declaration
 from dynprobe.analyzers.core.loop import Unit, pair_unit
 from dynprobe.cli.setup import PreparedRun, prepare
 from dynprobe.io.errors import InputError
+from dynprobe.io.saved_activations import is_saved
 
 if TYPE_CHECKING:
     from dynprobe.analyzers.core.workspace import Workspace
@@ -27,6 +28,11 @@ def pair_units(declaration: Declaration, prepared: list[PreparedRun], request: R
     Raises:
         InputError: If there is none, or `--against` or `--group` names what is not there.
     """
+    if request.group and request.against is not None:
+        raise InputError(
+            "--group compares runs with each other, --against compares each with one checkpoint.",
+            "Give one of them.",
+        )
     labels = group_labels(prepared, request.group)
     places = [[(p, c) for c in p.chosen] for p in prepared]
     if request.against is not None:
@@ -48,8 +54,9 @@ def pair_units(declaration: Declaration, prepared: list[PreparedRun], request: R
         units.append(unit)
     if not units:
         raise InputError(
-            f"{declaration.name} compares checkpoints, and `--pairs {request.pairs}` finds no two among "
-            "those given.",
+            f"{declaration.name} compares checkpoints, and "
+            + (f"--against {request.against}" if request.against is not None else f"--pairs {request.pairs}")
+            + " finds no two among those given.",
             "The runs have no step in common (see `dynprobe inspect`); --steps last takes the last of each."
             if len(prepared) > 1
             else "Give two runs, or a run with at least two checkpoints (see `dynprobe inspect`).",
@@ -61,25 +68,19 @@ def _meant(declaration: Declaration, prepared: Sequence[PreparedRun], how: str) 
     """What `auto` stands for."""
     if how != "auto":
         return how
-    if any(p.run.setup.saved and len(p.chosen) == 1 for p in prepared):
-        return "across"
-    alone = all(len(p.chosen) == 1 for p in prepared)
     if len(prepared) > 1:
-        return "across" if alone else "same-step"  # one of each run: whatever the steps
+        return "between"
+    alone = all(len(p.chosen) == 1 for p in prepared)
     return "self" if alone and declaration.wants("activations") else "consecutive"
 
 
 def _pairs(places: list[list[Place]], how: str) -> Iterator[tuple[Place, Place]]:
-    if how == "same-step":
+    if how in ("between", "same-step"):
         for one, other in itertools.combinations(places, 2):
-            by_step = {c.step: (p, c) for p, c in other}
-            yield from (((p, c), by_step[c.step]) for p, c in one if c.step in by_step)
-    elif how == "across" and len(places) > 1:
-        for one, other in itertools.combinations(places, 2):
-            yield from itertools.product(one, other)
+            yield from _between(one, other, same_step=how == "same-step")
     elif how == "all":
         yield from itertools.combinations([place for run in places for place in run], 2)
-    elif how in ("self", "across"):
+    elif how == "self":
         yield from ((place, place) for run in places for place in run)
     else:
         for run in places:
@@ -90,31 +91,40 @@ def _pairs(places: list[list[Place]], how: str) -> Iterator[tuple[Place, Place]]
                 yield from ((place, fixed) for place in run if place is not fixed)
 
 
+def _between(one: list[Place], other: list[Place], *, same_step: bool) -> Iterator[tuple[Place, Place]]:
+    """The same step of two runs; all, where one is a file of saved activations or both are one checkpoint."""
+    files = any(run and run[0][0].run.setup.saved and len(run) == 1 for run in (one, other))
+    if not same_step and (files or len(one) == len(other) == 1):
+        yield from itertools.product(one, other)
+        return
+    by_step = {c.step: (p, c) for p, c in other}
+    yield from (((p, c), by_step[c.step]) for p, c in one if c.step in by_step)
+
+
 def _against(
     declaration: Declaration, places: list[list[Place]], request: Request
 ) -> Iterator[tuple[Place, Place]]:
     """Every checkpoint with the one that `--against` names, in its own run or outside."""
     which = str(request.against)
-    if which in ("final", "last", "first"):
-        yield from _pairs(places, "first" if which == "first" else "last")
-        return
-    if all(any(str(c.step) == which for c in p.run.checkpoints) for run in places for p, _c in run[:1]):
-        for run in places:
-            prepared = run[0][0]
-            fixed = next(c for c in prepared.run.checkpoints if str(c.step) == which)
+    ends = {"final": -1, "last": -1, "first": 0}
+    runs = [run[0][0] for run in places if run]
+    steps = [[str(c.step) for c in prepared.run.checkpoints] for prepared in runs]
+    if which in ends or all(which in known for known in steps):
+        for run, prepared, known in zip([r for r in places if r], runs, steps, strict=True):
+            fixed = prepared.run.checkpoints[ends[which] if which in ends else known.index(which)]
             yield from ((place, (prepared, fixed)) for place in run if place[1] is not fixed)
         return
     if not Path(which).exists():
-        steps = ", ".join(str(c.step) for c in places[0][0][0].run.checkpoints)
         raise InputError(
             f"--against {which} is neither a step of every run nor a file.",
-            f"Give final, first, a file, or a step: {steps}.",
+            f"Give final, first, a file, or a step: {', '.join(steps[0])}.",
         )
-    other = prepare(replace(request, runs=[which], steps="last", transpose=False), declaration)[0]
+    transpose = request.transpose and is_saved(Path(which), transpose=True)
+    other = prepare(replace(request, runs=[which], steps="last", transpose=transpose), declaration)[0]
     fixed_place = (other, other.chosen[-1])
-    known = Path(which).resolve()
+    itself = Path(which).resolve()
     for run in places:
-        yield from ((place, fixed_place) for place in run if Path(place[1].path).resolve() != known)
+        yield from ((place, fixed_place) for place in run if Path(place[1].path).resolve() != itself)
 
 
 def group_labels(prepared: Sequence[PreparedRun], asked: Sequence[str]) -> dict[str, str]:

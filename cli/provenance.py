@@ -25,14 +25,18 @@ def differences(request: Request, plan: Plan, report: Path, older: Result) -> li
 
     A run that the older result does not know may be measured on anything.
     """
-    found = _changed(identity(request, plan), older.attributes)
+    now = identity(request, plan)
+    before = dict(older.attributes)
+    for attributes in (now, before):
+        attributes["options"] = plan.declaration.deciding(attributes.get("options", {}))
+    found = _changed(now, before)
     there = Part.of(older, report)
     if plan.declaration.grain == "group":
         found += _changed({"runs": [str(v) for v in folders(plan).values()]}, {"runs": _all_folders(there)})
-    before = {there.root(run): facts for run, facts in there.facts.items()}
+    known = {there.root(run): facts for run, facts in there.facts.items()}
     roots = folders(plan)
     for run, facts in facts_of(request, plan).items():
-        old = before.get(owner(roots[run], before), {}).get("measured_on")
+        old = known.get(owner(roots[run], known), {}).get("measured_on")
         if old is not None:
             new = facts["measured_on"]
             found += _changed(dict.fromkeys(old) | dict(new), old)

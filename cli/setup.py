@@ -126,14 +126,20 @@ def prepare(request: Request, declaration: Declaration | None = None) -> list[Pr
     Raises:
         InputError: If a run or step does not exist, or an option cannot be parsed.
     """
-    shared = SharedData(request)
-    runs, saved = request.runs, []
-    if declaration is not None and declaration.wants("activations"):
-        from dynprobe.cli.saved import prepare_saved, told_apart
+    if declaration is None or not declaration.wants("activations"):
+        return _prepare_networks(request, request.runs, SharedData(request))
+    from dynprobe.cli.saved import prepare_saved, told_apart
 
-        runs, files = told_apart(request)
-        saved = prepare_saved(request, files, shared)
-    return [*(_prepare_networks(request, runs, shared) if runs else []), *saved]
+    shared = SharedData(request, one_model=not declaration.wants("model"))
+    prepared: list[PreparedRun] = []
+    for runs, files in told_apart(request):
+        prepared += prepare_saved(request, files, shared) if files else []
+        prepared += _prepare_networks(request, runs, shared) if runs else []
+    networks = {each.run.name for each in prepared if not each.run.setup.saved}
+    for each in prepared:
+        if each.run.setup.saved and each.run.name in networks:  # kept of a run that is there itself
+            each.run.name = f"{Path(each.run.checkpoints[0].path).parent.name}/{each.run.name}"
+    return prepared
 
 
 def _prepare_networks(request: Request, runs: list[str], shared: SharedData) -> list[PreparedRun]:
@@ -158,10 +164,17 @@ def _prepare_networks(request: Request, runs: list[str], shared: SharedData) -> 
 
 
 class SharedData:
-    """Data sets by specification: runs that use the same data load it once."""
+    """Data sets by specification: runs that use the same data load it once.
 
-    def __init__(self, request: Request) -> None:
+    Args:
+        request: The call.
+        one_model: Whether runs of one model may fill the same module, one after the other.
+    """
+
+    def __init__(self, request: Request, *, one_model: bool = False) -> None:
         self._request = request
+        self._one_model = one_model
+        self._models: dict[str, dict[str, torch.nn.Module]] = {}
         self._datasets: dict[str, Dataset] = {}
         self._batches: dict[str, Any] = {}
         self._input_hashes: dict[str, str] = {}
@@ -187,6 +200,12 @@ class SharedData:
                 request.batch_size, device=self.device, dtype=self.dtype
             )
         return self._batches[key]
+
+    def models(self, spec: Spec | None) -> dict[str, torch.nn.Module]:
+        """Where modules of this specification are held."""
+        if spec is None or not self._one_model:
+            return {}
+        return self._models.setdefault(f"{spec.name} {sorted(spec.args.items())}", {})
 
     def input_hash(self, spec: Spec) -> str:
         """Hash of the inputs as the networks see them, whatever the targets are."""
@@ -279,6 +298,8 @@ def _setup(request: Request, specs: Specs, shared: SharedData) -> Setup:
         has_model=specs.model is not None,
         make_input_hash=lambda: shared.input_hash(specs.need("data")),
         kept=shared.kept,
+        fresh=request.fresh,
+        models=shared.models(specs.model),
     )
 
 
@@ -334,22 +355,35 @@ def _described(spec: Spec) -> str:
     name = Path(spec.name).name if "/" in spec.name else spec.name
     args = ", ".join(f"{k}={v}" for k, v in sorted(spec.args.items()) if k != "config")
     text = f"{name}({args})" if args else name
-    source = _source_file(spec)
-    if source is None:
+    sources = _source_files(spec)
+    if not sources:
         return text
-    return f"{text} [{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}]"
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    return f"{text} [{digest.hexdigest()[:12]}]"
 
 
-def _source_file(spec: Spec) -> Path | None:
-    """The file that decides what a name means, once it was loaded: code, a program, a configuration."""
+def _source_files(spec: Spec) -> list[Path]:
+    """The files that decide what a name means, once it was loaded: code, a program, a configuration.
+
+    Of a package of the user's own, all its modules that were loaded: a model's layers may be defined in
+    another file than the model.
+    """
     if "config" in spec.args:
         config = Path(str(spec.args["config"]))
         candidates = [config, config / "config.json"]
     else:
-        module = sys.modules.get(spec.name.rpartition(":")[0])
-        loaded = getattr(module, "__file__", None)
-        candidates = [Path(spec.name), Path(spec.name.rpartition(":")[0]), Path(loaded or "")]
-    return next((path for path in candidates if path.is_file()), None)
+        name = spec.name.rpartition(":")[0]
+        loaded = getattr(sys.modules.get(name), "__file__", None)
+        candidates = [Path(spec.name), Path(name), Path(loaded or "")]
+        package = name.partition(".")[0]
+        if loaded and not {"site-packages", "dist-packages"} & set(Path(loaded).parts):
+            files = {
+                getattr(m, "__file__", None) for n, m in sys.modules.items() if n.partition(".")[0] == package
+            }
+            return sorted(Path(file) for file in files if file and Path(file).is_file())
+    return [path for path in candidates if path.is_file()][:1]
 
 
 def command_line(argv: Sequence[str]) -> str:

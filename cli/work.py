@@ -56,6 +56,7 @@ def make_plan(request: Request) -> Plan:
         InputError: If nothing could be measured: no run, no model, no data, no checkpoint that fits.
     """
     declaration = find_analyzer(request.analyzer).resolved(request.options)
+    _check_pairing(request, declaration)
     prepared = prepare(request, declaration)
     units = _units(declaration, prepared, request)
     job = Job(declaration, request.options, fresh=request.fresh)
@@ -64,6 +65,22 @@ def make_plan(request: Request) -> Plan:
     _check_inputs(declaration, prepared, declaration.needed(request.options))
     _check_fit(declaration, units)
     return Plan(declaration, job, prepared, units, mine)
+
+
+def _check_pairing(request: Request, declaration: Declaration) -> None:
+    """Options about pairs mean nothing where these options make an analyzer measure single checkpoints.
+
+    Raises:
+        InputError: If one was given.
+    """
+    given = {"pairs": request.pairs != "auto", "against": request.against, "group": request.group}
+    useless = [name for name, value in given.items() if value]
+    if declaration.grain != "pair" and useless:
+        raise InputError(
+            f"--{useless[0]} is about pairs, and with these options {declaration.name} measures each "
+            "checkpoint by itself.",
+            f"Leave --{useless[0]} out.",
+        )
 
 
 def _units(declaration: Declaration, prepared: list[PreparedRun], request: Request) -> list[Unit]:
@@ -104,8 +121,8 @@ def _check_inputs(declaration: Declaration, prepared: list[PreparedRun], needed:
     recorded = declaration.wants("activations")
     kinds = {
         "model": declaration.wants("model") or recorded,
-        "data": declaration.wants("batches") or recorded,
-        "loss": declaration.wants("loss"),
+        "data": "batches" in needed or recorded,
+        "loss": "loss" in needed,
     }
     for each in prepared:
         setup = each.run.setup

@@ -27,6 +27,8 @@ Treated = Mapping[str, "tuple[Tensor, Tensor | None, str]"]
 MARK = "dynprobe_activations"
 """Metadata that marks a file as ours; its value is the version of the layout."""
 
+_ANEW = "Delete it: --keep-activations writes it anew."
+
 LAYOUT = "1"
 SAMPLE = "::sample"
 """What the name of a layer's map from rows to samples ends with."""
@@ -110,20 +112,22 @@ def read_kept(path: Path) -> KeptFile:
     try:
         _infos, facts = read_header(path)
     except OSError as error:
-        raise UnusableData(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise UnusableData(
+            f"{path}: cannot be read: {error.strerror or error}.", "Is the path right?"
+        ) from error
     if not is_kept(facts):
-        raise UnusableData(f"{path}: holds no activations that dynprobe kept.")
+        raise UnusableData(f"{path}: holds no activations that dynprobe kept.", "Move it elsewhere.")
     if facts[MARK] != LAYOUT:
         raise UnusableData(f"{path}: was written by a newer dynprobe.", "Update dynprobe to read it.")
     tensors = load_file(path)
     if _checksum(tensors, facts) != facts.get("checksum"):
-        raise UnusableData(f"{path}: does not match its checksum: it was damaged or altered.")
+        raise UnusableData(f"{path}: does not match its checksum: it was damaged or altered.", _ANEW)
     try:
         treatments = json.loads(facts["treatments"])
         # Our own order: the format sorts tensors by name.
         layers = {n: (tensors[n], tensors.get(n + SAMPLE), str(text)) for n, text in treatments.items()}
     except (KeyError, AttributeError, ValueError) as error:
-        raise UnusableData(f"{path}: what it says of its layers is damaged.") from error
+        raise UnusableData(f"{path}: what it says of its layers is damaged.", _ANEW) from error
     return KeptFile(layers, facts)
 
 

@@ -62,12 +62,13 @@ def _expand(specs: Iterable[str]) -> Iterator[Path]:
 
 
 def run_labels(roots: list[Path]) -> list[str]:
-    """Return the shortest path endings that tell the runs apart."""
-    parts = [root.resolve().parts for root in roots]
+    """Return the shortest path endings that tell the runs apart; equal paths get equal ones."""
+    paths = [root.resolve() for root in roots]
+    parts = {path: path.parts[1:] or path.parts for path in paths}  # without the root
     labels = []
-    for own in parts:
-        depth = 1
-        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
+    for path in paths:
+        own, depth = parts[path], 1
+        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts.values()) > 1:
             depth += 1
         labels.append("/".join(own[-depth:]))
     return labels

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SHAPE = "Activations are (n_samples, n_features), one array per layer."
+_FACTS = ("input_hash", "treatments")
+"""Metadata that say a safetensors file holds activations."""
 
 
 @dataclass
@@ -30,9 +32,9 @@ class LoadedActivations:
     """The activations in one file.
 
     Attributes:
-        state: Layer → float32 or float64 tensor `(n_samples, n_features)`; `(n_rows, n_features)` where
-            `sample` has the layer.
-        notes: What was flattened, and what looks wrong.
+        state: Layer → float32 or float64 tensor `(n_samples, …)`, of as many dimensions as the file has;
+            `(n_rows, n_features)` where `sample` has the layer.
+        notes: What was left out, and what looks wrong.
         input_hash: Of the inputs and their order as the file states it, or `sample_ids:` and a hash of its
             sample ids; "" where it says neither.
         treatment: What was made of maps and sequences, by layer; without those of which nothing is known.
@@ -57,7 +59,7 @@ class SavedActivations:
     Args:
         path: The file; its suffix says what it is.
         run: Label of its run; by default what the file says, else its name without suffix.
-        transpose: The samples are along the last dimension, `(n_features, n_samples)`.
+        transpose: The arrays are `(n_features, n_samples)`.
 
     Attributes:
         step: As the file says, or its name; else None.
@@ -84,9 +86,9 @@ class SavedActivations:
         """
         if not self.path.is_file():
             raise UnusableData(f"{self.path}: there is no such file.", "Is the path right?")
-        if _kept_facts(self.path):
-            return self._load_kept()
         with readable(self.path):
+            if _kept_facts(self.path):
+                return self._load_kept()
             arrays, facts = READERS[self.path.suffix.lower()](self.path)
         return _loaded(self.path, arrays, facts, self.transpose)
 
@@ -97,8 +99,6 @@ class SavedActivations:
                 f"{self.path}: was written by dynprobe, with samples as rows.", "Leave out --transpose."
             )
         state = {name: values for name, (values, _sample, _treatment) in kept.layers.items()}
-        for name, values in state.items():
-            _check_finite(self.path, name, values)
         return LoadedActivations(
             state,
             input_hash=kept.facts.get("input_hash", ""),
@@ -110,12 +110,13 @@ class SavedActivations:
 def is_saved(path: Path, *, transpose: bool = False) -> bool:
     """Whether a file holds activations and no weights, by its suffix and header; reads no data.
 
-    No checkpoint is an `.npy`, `.npz` or HDF5 file. A safetensors file holds activations if all its tensors
-    have at least two dimensions and the same number of samples, and none is called `weight`.
+    No checkpoint is an `.npy`, `.npz` or HDF5 file. A safetensors file holds activations if it says so by
+    `input_hash` or `treatments` in its metadata or by sample ids, or if all its tensors have at least two
+    dimensions and the same number of samples, and none is called `weight`.
 
     Args:
         path: The file.
-        transpose: The samples are along the last dimension.
+        transpose: The samples are along the last dimension, not the first.
 
     Raises:
         InputError: It is a dynprobe report.
@@ -131,9 +132,9 @@ def is_saved(path: Path, *, transpose: bool = False) -> bool:
         infos, facts = read_header(path)
     except (InputError, OSError):  # the readers of checkpoints say what is wrong with it
         return False
-    if is_kept(facts):
+    if is_kept(facts) or any(name in facts for name in _FACTS) or any(name in infos for name in IDS):
         return True
-    layers = {name: info.shape for name, info in infos.items() if name not in IDS}
+    layers = {name: info.shape for name, info in infos.items()}
     sizes = {shape[-1 if transpose else 0] if len(shape) > 1 else -1 for shape in layers.values()}
     weights = any(name.rpartition(".")[2] == "weight" for name in layers)
     return len(sizes) == 1 and -1 not in sizes and not weights
@@ -167,26 +168,41 @@ def _number(text: str) -> int | float | None:
 def _loaded(
     path: Path, arrays: Mapping[str, Any], facts: Mapping[str, str], transpose: bool
 ) -> LoadedActivations:
-    """Check the arrays of a file and bring them to `(n_samples, n_features)`."""
+    """Check the arrays of a file and bring the samples to the front."""
     layers = {name: array for name, array in arrays.items() if name not in IDS}
     if not layers:
         raise UnusableData(f"{path}: holds no arrays.", _SHAPE)
-    tensors = {name: _tensor(path, name, array) for name, array in layers.items()}
+    beside = {} if _may_be_weights(path, transpose) else {n: a for n, a in layers.items() if len(a.shape) < 2}
+    if len(beside) == len(layers):
+        beside = {}
+    tensors = {name: _tensor(path, name, array) for name, array in layers.items() if name not in beside}
+    if transpose:
+        _check_matrices(path, tensors)
     _check_samples(path, tensors, transpose)
+    state = {name: (tensor.T if transpose else tensor).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in state.items():
+        _check_finite(path, name, tensor)
+    notes = [] if transpose else _orientation(path, tensors)
+    if beside:
+        left_out = shortlist((f"{name} {tuple(array.shape)}" for name, array in beside.items()), 8)
+        notes.append(f"{path.name}: left out, since a layer has two dimensions or more: {left_out}")
     treatment = {name: text for name, text in _treatments(path, facts).items() if name in tensors}
-    state, flattened = {}, []
-    for name, tensor in tensors.items():
-        rows = tensor.movedim(-1, 0) if transpose else tensor
-        if rows.ndim > 2:
-            flattened.append(f"{name} {tuple(rows.shape)}")
-            treatment.setdefault(name, "flatten")
-        state[name] = rows.flatten(1).contiguous()
-        _check_finite(path, name, state[name])
-    notes = [f"flattened to (n_samples, n_features): {shortlist(flattened, 8)}"] if flattened else []
-    if not transpose:
-        notes += _orientation(path, tensors)
     ids = {name: arrays[name] for name in IDS if name in arrays}
     return LoadedActivations(state, notes, _input_hash(path, ids, facts, state), treatment)
+
+
+def _may_be_weights(path: Path, transpose: bool) -> bool:
+    """Whether vectors beside matrices may be biases."""
+    return path.suffix.lower() == ".safetensors" and not is_saved(path, transpose=transpose)
+
+
+def _check_matrices(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim > 2:
+            raise UnusableData(
+                f"{path}: {name!r} has the shape {tuple(tensor.shape)}, and --transpose takes matrices only.",
+                "Save maps and sequences with the samples first, and leave out --transpose.",
+            )
 
 
 def _tensor(path: Path, name: str, array: Any) -> Tensor:
@@ -261,7 +277,10 @@ def _treatments(path: Path, facts: Mapping[str, str]) -> dict[str, str]:
         table = json.loads(facts.get("treatments", "{}"))
         return {str(name): str(text) for name, text in table.items()}
     except (ValueError, AttributeError) as error:
-        raise UnusableData(f"{path}: its metadata 'treatments' is no JSON table by layer.") from error
+        raise UnusableData(
+            f"{path}: its metadata 'treatments' is no JSON table by layer.",
+            'It is text like {"conv1": "average"}; leave it out if nothing is known.',
+        ) from error
 
 
 def _input_hash(
@@ -278,7 +297,8 @@ def _input_hash(
             values = [str(value) for value in listed] if isinstance(listed, list) else []
             if len(values) != n_samples:
                 raise UnusableData(
-                    f"{path}: {name!r} has {len(values)} entries, the layers have {n_samples} samples."
+                    f"{path}: {name!r} has {len(values)} entries, the layers have {n_samples} samples.",
+                    "Save one id per sample, in the order of the rows.",
                 )
             return "sample_ids:" + hashlib.sha256("\0".join(values).encode()).hexdigest()[:32]
     return ""

@@ -16,6 +16,8 @@ IDS = ("sample_id", "sample_ids", "ids", "input_hash")
 
 HDF5 = (".h5", ".hdf5")
 
+_AGAIN = "Copy it again, or save it anew."
+
 Arrays = tuple[dict[str, Any], dict[str, str]]
 """Arrays and tensors by name, and what else the file says."""
 
@@ -29,7 +31,8 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except InputError as error:
+        error.tip = error.tip or _AGAIN
         raise
     except Exception as error:  # damage surfaces as any of a dozen kinds
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
@@ -39,7 +42,7 @@ def readable(path: Path) -> Iterator[None]:
             ) from error
         raise UnusableData(
             f"{path}: is damaged, or no {path.suffix} file ({type(error).__name__}: {error}).",
-            "Copy it again, or save it anew.",
+            _AGAIN,
         ) from error
 
 
@@ -50,7 +53,7 @@ def _read_numpy(path: Path) -> Arrays:
     with path.open("rb") as stream:
         content = np.load(stream, allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return {path.stem: content}, {}
+            return {"activations": content}, {}  # as in a notebook, so that files share their layer
         return {name: content[name] for name in content.files}, {}
 
 

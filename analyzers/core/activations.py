@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import hashlib
 import itertools
-import logging
-import tempfile
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,20 +17,23 @@ import torch
 from torch import Tensor
 
 from dynprobe.analyzers.core.contract import OptionError
+from dynprobe.analyzers.core.memory import Memory
+from dynprobe.analyzers.numerics import activations, layer_choice, layouts
 from dynprobe.analyzers.numerics.activations import (
+    HALF,
     Block,
     Layer,
     LayerError,
     features,
     input_hash,
+    n_samples_of,
     record,
     recut,
 )
+from dynprobe.analyzers.numerics.layouts import treated
 
 if TYPE_CHECKING:
     from torch import nn
-
-log = logging.getLogger("dynprobe")
 
 T = TypeVar("T")
 Consume = Callable[[Block], None]
@@ -56,19 +57,21 @@ class Kept(Protocol):
 
 
 class Activations:
-    """The activations of one checkpoint, of a network in memory, or as they were saved.
+    """The activations of one network on the data: nothing is computed until it is asked for.
 
     Args:
         label: What messages call it.
         key: Equal keys mean equal activations.
-        model: Gives the network, filled; None for saved activations.
+        model: Gives the network, filled with its weights.
         batches: Gives the data.
-        arrays: Saved activations by layer, `(n_samples, …)`; None for a network.
         input_hash: Hash of the inputs and their order, "" where it is not known.
-        treatment: Of saved activations, by layer.
-        sample: Of saved activations, by layer: which sample each row belongs to, where rows are not samples.
         kept: Where to look before recording, and to put what was recorded.
+        fresh: Not to look there.
         facts: Labels stored beside what is kept.
+        again: Whether another pair will ask for it; what is made for one pair alone need not be remembered.
+
+    Attributes:
+        forwards: Forward passes over the data so far.
     """
 
     def __init__(
@@ -76,46 +79,44 @@ class Activations:
         label: str,
         key: str,
         *,
-        model: Callable[[], nn.Module] | None = None,
-        batches: Callable[[], Any] = tuple,
-        arrays: Mapping[str, Tensor] | None = None,
+        model: Callable[[], nn.Module],
+        batches: Callable[[], Any],
         input_hash: Callable[[], str] = str,
-        treatment: Mapping[str, str] | None = None,
-        sample: Mapping[str, Tensor] | None = None,
         kept: Kept | None = None,
+        fresh: bool = False,
         facts: Mapping[str, Any] | None = None,
+        again: Callable[[], bool] = lambda: True,
     ) -> None:
         self.label = label
         self.key = key
         self.forwards = 0
         self._model = model
         self._batches = batches
-        self._arrays = {n: torch.as_tensor(a) for n, a in (arrays or {}).items()}
         self._input_hash = input_hash
-        self._treatment = dict(treatment or {})
-        self._sample = dict(sample or {})
         self._kept = kept
+        self._fresh = fresh
         self._facts = dict(facts or {})
+        self._again = again
         self._token = next(_tokens)
         weakref.finalize(self, _memory.forget, self._token)
 
     def __repr__(self) -> str:
         return f"Activations({self.label!r})"
 
-    @property
+    @cached_property
     def n_samples(self) -> int:
         """How many samples there are."""
-        if self._model is None:
-            name, array = next(iter(self._arrays.items()))
-            return int(self._sample[name].max()) + 1 if name in self._sample else len(array)
-        batches = self._batches()
-        n = getattr(batches, "n_samples", 0)
-        return int(n) or sum(len(targets) for _inputs, targets in batches)
+        return n_samples_of(self._batches())
 
     @property
     def n_total(self) -> int:
         """Number of samples of their source, of which these may be a subset."""
         return int(getattr(self._batches(), "n_total", 0)) or self.n_samples
+
+    @property
+    def again(self) -> bool:
+        """Whether another pair will ask for it."""
+        return self._again()
 
     @property
     def input_hash(self) -> str:
@@ -135,15 +136,20 @@ class Activations:
         Raises:
             OptionError: A layer does not exist, never ran, or cannot be treated so.
         """
+        name = f"{self.key} {_code()} {layers} {maps} {sequences}"
+        stored = self._kept.get(name) if self._kept is not None and not self._fresh else None
+        if stored is not None:
+            return {layer: Layer(*entry) for layer, entry in stored.items()}
         with _as_option_errors(self.label):
-            if self._model is None:
-                return self._saved(layers)
-            name = f"{self.key} {layers} {maps} {sequences}"
-            stored = self._kept.get(name) if self._kept is not None else None
-            if stored is not None:
-                return {layer: Layer(*entry) for layer, entry in stored.items()}
-            found = features(self._model(), self._batches(), layers=layers, maps=maps, sequences=sequences)
-            self.forwards += 1
+            found = features(
+                self._model(),
+                self._batches(),
+                layers=layers,
+                maps=maps,
+                sequences=sequences,
+                allow_non_finite=True,
+            )
+        self.forwards += 1
         if self._kept is not None:
             facts = {**self._facts, "input_hash": self.input_hash}
             self._kept.put(name, {n: (e.values, e.sample, e.treatment) for n, e in found.items()}, facts)
@@ -174,7 +180,7 @@ class Activations:
             OptionError: As `features`.
         """
         order = np.random.default_rng(seed).permutation(self.n_samples) if minibatch else None
-        if self._model is None or self._kept is not None:
+        if self._holds_features:
             found = self.features(layers=layers, maps=maps, sequences=sequences)
             for block in _cut(found, self.n_samples, minibatch, order):
                 consume(block)
@@ -182,8 +188,21 @@ class Activations:
         with _as_option_errors(self.label):
             batches = self._batches()
             cut = batches if order is None else recut(batches, minibatch, torch.as_tensor(order))
-            record(self._model(), cut, consume, layers=layers, maps=maps, sequences=sequences)
-            self.forwards += 1
+            record(
+                self._model(),
+                cut,
+                consume,
+                layers=layers,
+                maps=maps,
+                sequences=sequences,
+                allow_non_finite=True,
+            )
+        self.forwards += 1
+
+    @property
+    def _holds_features(self) -> bool:
+        """Whether blocks are cut from whole matrices."""
+        return self._kept is not None
 
     def remembered(self, name: Hashable, make: Callable[[], T], *, limit: float) -> T:
         """`make()`, once for all pairs this stands in.
@@ -196,14 +215,108 @@ class Activations:
         """
         return _memory.get((self._token, name), make, limit)
 
-    def _saved(self, layers: str) -> dict[str, Layer]:
-        names = list(self._arrays)
-        if layers not in ("auto", "all"):
-            names = _matching(names, layers)
-        return {
-            n: Layer(self._arrays[n].flatten(1), self._sample.get(n), self._treatment.get(n, ""))
-            for n in names
-        }
+
+class Held(Protocol):
+    """Saved activations as they were read."""
+
+    state: Mapping[str, Tensor]
+    """Layers, `(n_samples, …)`, or `(n_rows, …)` where `sample` has the layer."""
+    treatment: Mapping[str, str]
+    """What was made of maps and sequences, by layer, as far as it is known."""
+    sample: Mapping[str, Tensor]
+    """Which sample each row belongs to, by layer, where rows are not samples."""
+    input_hash: str
+    """Of the inputs and their order, "" where it is not known."""
+
+
+class SavedArrays(Activations):
+    """Activations that were saved, in place of a network.
+
+    Args:
+        label: What messages call it.
+        key: Equal keys mean equal activations.
+        held: Gives them; asked again whenever they are needed, so that they need not stay in memory.
+        device: Where computations are to run.
+        dtype: At least this precision.
+        again: Whether another pair will ask for it.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        key: str,
+        held: Callable[[], Held],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        again: Callable[[], bool] = lambda: True,
+    ) -> None:
+        super().__init__(label, key, model=_no_network, batches=_no_network, again=again)
+        self._held, self._device, self._dtype = held, device, dtype
+
+    @cached_property
+    def n_samples(self) -> int:
+        """How many samples there are."""
+        held = self._held()
+        name, array = next(iter(held.state.items()))
+        return int(held.sample[name].max()) + 1 if name in held.sample else len(array)
+
+    @property
+    def n_total(self) -> int:
+        """As many as there are: nothing is known of others."""
+        return self.n_samples
+
+    @cached_property
+    def input_hash(self) -> str:
+        """Hash of the inputs and their order; "" where the file does not say."""
+        return str(self._held().input_hash)
+
+    def features(
+        self, *, layers: str = "auto", maps: str = "flatten", sequences: str = "mean"
+    ) -> dict[str, Layer]:
+        """The chosen layers as matrices; arrays of more than two dimensions are treated as recorded ones are.
+
+        Args:
+            layers: `auto` and `all` are the same here; or names and globs separated by commas.
+            maps: What becomes of arrays (n_samples, channels, height, width).
+            sequences: What becomes of arrays (n_samples, steps, features).
+
+        Raises:
+            OptionError: A layer does not exist, or cannot be treated so.
+        """
+        held = self._held()
+        with _as_option_errors(self.label):
+            names = list(held.state)
+            if layers not in ("auto", "all"):
+                names = _matching(names, layers)
+            return {name: self._layer(held, name, maps, sequences) for name in names}
+
+    def _layer(self, held: Held, name: str, maps: str, sequences: str) -> Layer:
+        values = held.state[name]
+        half = next((text for text, dtype in HALF.items() if values.dtype == dtype), "")
+        values = values.to(self._device, torch.promote_types(values.dtype, self._dtype))
+        if name in held.sample:
+            return Layer(values, held.sample[name].to(self._device), held.treatment.get(name, ""))
+        matrix, sample, treatment = treated(values, maps=maps, sequences=sequences)
+        words = (held.treatment.get(name, "") or treatment, half)
+        return Layer(matrix, sample, ", ".join(word for word in words if word))
+
+    @property
+    def _holds_features(self) -> bool:
+        return True
+
+
+def _no_network() -> Any:
+    raise TypeError("saved activations come without a network")
+
+
+@cache
+def _code() -> str:
+    """Hash of what decides how a network is recorded."""
+    digest = hashlib.blake2b(digest_size=8)
+    for module in (activations, layer_choice, layouts):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
 
 
 def _matching(names: Sequence[str], text: str) -> list[str]:
@@ -258,7 +371,8 @@ def as_activations(value: Any) -> Activations:
 
     Args:
         value: Activations; an array `(n_samples, n_features)`; a dict of arrays by layer; or a pair
-            `(model, batches)`.
+            `(model, data)`, the data being inputs in one tensor, or batches: `(inputs, targets)`, or inputs
+            alone (a tensor, or a dict as Hugging Face models take).
 
     Raises:
         OptionError: It is none of these, or arrays differ in their number of samples.
@@ -266,8 +380,7 @@ def as_activations(value: Any) -> Activations:
     if isinstance(value, Activations):
         return value
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], torch.nn.Module):
-        model, batches = value
-        held = batches if hasattr(batches, "n_samples") else list(batches)
+        model, held = value[0], _batches(value[1])
         return Activations(
             type(model).__name__,
             f"memory {next(_tokens)}",
@@ -275,30 +388,85 @@ def as_activations(value: Any) -> Activations:
             batches=lambda: held,
             input_hash=lambda: input_hash(held),
         )
-    arrays = dict(value) if isinstance(value, Mapping) else {"activations": value}
+    if isinstance(value, list | tuple):
+        raise OptionError(
+            f"a {type(value).__name__} of {len(value)} is no activations.",
+            "Give an array (n_samples, n_features), a dict of arrays by layer, or (model, batches).",
+        )
+    arrays = value if isinstance(value, Mapping) else {"activations": value}
+    tensors = {str(name): _tensor(str(name), array) for name, array in arrays.items()}
+    sizes = {name: len(tensor) for name, tensor in tensors.items()}
+    if len(set(sizes.values())) != 1:
+        raise OptionError(
+            f"layers have different numbers of samples: {sizes}." if sizes else "there is no layer.",
+            "Every layer needs the same samples.",
+        )
+    held_arrays = _Arrays(tensors)
+    return SavedArrays("activations", f"memory {next(_tokens)}", lambda: held_arrays)
+
+
+@dataclass
+class _Arrays:
+    """Arrays of a notebook, of which nothing else is known."""
+
+    state: Mapping[str, Tensor]
+    treatment: Mapping[str, str] = field(default_factory=dict)
+    sample: Mapping[str, Tensor] = field(default_factory=dict)
+    input_hash: str = ""
+
+
+def _batches(data: Any) -> Any:
+    """Data as something that gives (inputs, targets) any number of times."""
+    if hasattr(data, "n_samples"):
+        return data
+    if isinstance(data, Tensor):
+        return [(data, None)]
+    return [part if _is_pair(part) else (part, None) for part in data]
+
+
+def _is_pair(part: Any) -> bool:
+    """Whether a batch is inputs with targets, and not inputs alone."""
+    return isinstance(part, tuple | list) and len(part) == 2
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    """An array as a tensor of floats.
+
+    Raises:
+        OptionError: It is no array (n_samples, n_features, …) of finite real numbers.
+    """
     try:
-        tensors = {str(n): torch.as_tensor(a) for n, a in arrays.items()}
+        tensor = array if isinstance(array, Tensor) else torch.from_numpy(_native(np.asarray(array)))
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(
-            f"{type(value).__name__} holds no activations.",
+            f"{name}: {type(array).__name__} holds no activations.",
             "Give an array (n_samples, n_features), a dict of arrays by layer, or (model, batches).",
         ) from error
-    if not tensors or any(t.ndim < 2 for t in tensors.values()):
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        raise OptionError(f"{name} is complex.", "Give real and imaginary parts side by side.")
+    if tensor.ndim < 2 or not tensor.numel():
         raise OptionError(
-            "activations need two dimensions, (n_samples, n_features).",
+            f"{name} has the shape {tuple(tensor.shape)}; activations are (n_samples, n_features).",
             "A single feature per sample is array[:, None].",
         )
-    sizes = {n: len(t) for n, t in tensors.items()}
-    if len(set(sizes.values())) > 1:
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    if not all(end.isfinite() for end in torch.aminmax(tensor)):  # takes no memory beside the tensor
+        bad = int((~tensor.isfinite()).sum())
         raise OptionError(
-            f"layers have different numbers of samples: {sizes}.", "Every layer needs the same samples."
+            f"{name}: {bad} of {tensor.numel()} activations are NaN or infinite.", "Leave that layer out."
         )
-    for name, tensor in tensors.items():
-        if bad := int((~tensor.isfinite()).sum()):
-            raise OptionError(
-                f"{name}: {bad} of {tensor.numel()} activations are NaN or infinite.", "Leave that layer out."
-            )
-    return Activations("activations", f"memory {next(_tokens)}", arrays=tensors)
+    return tensor
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """In the byte order and a type that torch knows, without negative strides."""
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def check_comparable(a: Activations, b: Activations) -> list[str]:
@@ -328,61 +496,5 @@ def check_comparable(a: Activations, b: Activations) -> list[str]:
     return []
 
 
-class _Memory:
-    """Values by key, the least recently used of them in temporary files once they exceed a limit."""
-
-    def __init__(self) -> None:
-        self._values: OrderedDict[tuple[int, Hashable], tuple[Any, int]] = OrderedDict()
-        self._spilled: dict[tuple[int, Hashable], Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def get(self, key: tuple[int, Hashable], make: Callable[[], T], limit: float) -> T:
-        if key not in self._values:
-            if key in self._spilled:
-                # our own file, written a moment ago: weights_only could not read dataclasses
-                value = torch.load(self._spilled[key], weights_only=False)
-            else:
-                value = make()
-            self._values[key] = value, _nbytes(value)
-        self._values.move_to_end(key)
-        while len(self._values) > 2 and sum(size for _value, size in self._values.values()) > limit:
-            self._spill()
-        found: T = self._values[key][0]
-        return found
-
-    def _spill(self) -> None:
-        key, (value, size) = self._values.popitem(last=False)
-        if key in self._spilled:
-            return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="dynprobe-")
-            atexit.register(self._folder.cleanup)
-        path = Path(self._folder.name) / f"{next(_tokens)}.pt"
-        log.debug("%.0f MB of representations go to a temporary file (--memory)", size / 1e6)
-        torch.save(value, path)
-        self._spilled[key] = path
-
-    def forget(self, token: int) -> None:
-        for key in [k for k in self._values if k[0] == token]:
-            del self._values[key]
-        for key in [k for k in self._spilled if k[0] == token]:
-            self._spilled.pop(key).unlink(missing_ok=True)
-
-
-def _nbytes(value: Any) -> int:
-    """Bytes of all tensors and arrays in a value."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if is_dataclass(value):
-        return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
-    if isinstance(value, Mapping):
-        return sum(_nbytes(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_nbytes(v) for v in value)
-    return 0
-
-
 _tokens = itertools.count()
-_memory = _Memory()
+_memory = Memory()

@@ -75,6 +75,11 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Marks an option that decides no number of a piece: a limit on memory, or one of the summary alone."""
+
+
+@dataclass(frozen=True)
 class Lines:
     """Curves of `y` against `x` (default: the step), one per entry of any further dimension.
 
@@ -134,6 +139,7 @@ class Option:
     help: str
     bounds: Range | None = None
     is_file: bool = False
+    is_setting: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,11 @@ class Declaration:
     def resolved(self, options: Mapping[str, Any]) -> Declaration:
         """The declaration as it is under these options."""
         return replace(self, **self.under(options)) if self.under else self
+
+    def deciding(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the options that decide the numbers of a piece."""
+        settings = {option.name for option in self.options if option.is_setting}
+        return {name: value for name, value in options.items() if name not in settings}
 
     def needed(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """What the function needs under these options; anything else it is given as None."""
@@ -414,7 +425,7 @@ def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapp
         )
     marks = getattr(hint, "__metadata__", ())
     bounds = next((m for m in marks if isinstance(m, Range)), None)
-    is_file = any(isinstance(m, InputFile) for m in marks)
+    is_file, is_setting = (any(isinstance(m, kind) for m in marks) for kind in (InputFile, Setting))
     base = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     inner = (
         [a for a in get_args(base) if a is not NoneType] if get_origin(base) in (Union, UnionType) else [base]
@@ -425,7 +436,8 @@ def _option(title: str, parameter: inspect.Parameter, hint: Any, arguments: Mapp
             f"{title}: option {parameter.name} is {hint}; an option is one of "
             "int, float, str, bool, Literal[…], or one of these | None"
         )
-    return Option(parameter.name, base, parameter.default, arguments[parameter.name], bounds, is_file)
+    text = arguments[parameter.name]
+    return Option(parameter.name, base, parameter.default, text, bounds, is_file, is_setting)
 
 
 _SECTION = re.compile(r"^([A-Z][A-Za-z ]{2,30}):[ \t]*$", re.M)

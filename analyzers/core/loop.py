@@ -162,7 +162,10 @@ def pair_unit(
     if shared is None:
         return Unit(index, [Workspace(a, run_a, "a"), Workspace(b, run_b, "b")])
     places = ((run_a, a), (run_b, b))
-    return Unit(index, [shared.setdefault((id(r), str(c.path)), Workspace(c, r)) for r, c in places])
+    workspaces = [shared.setdefault((id(r), str(c.path)), Workspace(c, r)) for r, c in places]
+    for workspace in workspaces:
+        workspace.pairs += 1
+    return Unit(index, workspaces)
 
 
 def group_unit(chosen: Sequence[tuple[Run, Sequence[Any]]]) -> Unit:
@@ -206,7 +209,7 @@ def piece_key(job: Job, unit: Unit, previous: str = "") -> str:
     ]
     facts = [dict(run.setup.facts(needed)) for run in runs]
     chain = previous if "previous" in needed else ""
-    options = dict(job.options) | _contents(declaration, job.options)
+    options = declaration.deciding(job.options) | _contents(declaration, job.options)
     payload = [declaration.name, options, code_hash(declaration), facts, hashes, places, chain]
     text = json.dumps([*payload, unit.left_out], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -145,6 +145,12 @@ class Result:
         found = [n for n in own if n in paths] or own
         return " | ".join(str(np.atleast_1d(self[n])[piece]) for n in found) or f"piece {piece}"
 
+    @property
+    def treatment(self) -> str:
+        """What was made of maps and sequences to compare them: `flatten`, `average, mean`, or nothing."""
+        texts = [t for n in ("treatment_a", "treatment_b", "treatment") if n in self for t in self[n].ravel()]
+        return ", ".join(dict.fromkeys(str(t).replace(",", " ").split(" ")[0] for t in texts if t))
+
     def select(self, keep: np.ndarray) -> Result:
         """The result restricted to the pieces where the boolean or index array `keep` says so.
 

@@ -71,7 +71,9 @@ class Setup:
         has_model: Whether something says how to build the model.
         make_input_hash: Hash of the data's inputs; computed from the batches by default.
         kept: Where recorded activations are kept beyond the call, or None.
+        fresh: Whether what is kept is to be recorded again.
         saved: Whether the checkpoints are activations that were saved, and no weights.
+        models: Modules by slot; shared by runs of one model where never two networks are looked at at once.
     """
 
     make_model: Callable[[], torch.nn.Module]
@@ -88,7 +90,9 @@ class Setup:
     has_model: bool = True
     make_input_hash: Callable[[], str] | None = None
     kept: Kept | None = None
+    fresh: bool = False
     saved: bool = False
+    models: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     @cached_property
     def input_hash(self) -> str:
@@ -114,20 +118,16 @@ class Setup:
         """The loss."""
         return self.make_loss()
 
-    @cached_property
-    def _models(self) -> dict[str, torch.nn.Module]:
-        return {}
-
     def model(self, slot: str = "") -> torch.nn.Module:
         """The module of a slot (`""`, `"a"`, `"b"`), built once and refilled per checkpoint."""
-        if slot not in self._models:
+        if slot not in self.models:
             model = self.make_model().to(self.device)
             # not model.to(dtype), which would drop the imaginary part of complex parameters
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.dtype)
-            self._models[slot] = model
-        return self._models[slot]
+            self.models[slot] = model
+        return self.models[slot]
 
 
 @dataclass
@@ -227,6 +227,7 @@ class Workspace:
     Attributes:
         notes: What was chosen, stripped or skipped when it was read.
         visited: Whether it was let go of once: its hash is known, and what was recorded of it.
+        pairs: In how many units it still stands, of those that share it.
     """
 
     def __init__(
@@ -241,6 +242,7 @@ class Workspace:
         self._hash = ""
         self._non_finite: str | None = None
         self.visited = False
+        self.pairs = 0
 
     @property
     def step(self) -> int | float | None:
@@ -287,20 +289,14 @@ class Workspace:
     @cached_property
     def activations(self) -> Activations:
         """What its layers compute on the data; recorded when asked for."""
-        from dynprobe.analyzers.core.activations import Activations
+        from dynprobe.analyzers.core.activations import Activations, SavedArrays
 
         setup = self.run.setup
-        facts = {"run": self.run.name, "step": self.step}
         key = json.dumps([self.hash, dict(setup.facts(("activations",)))], sort_keys=True, default=str)
         if setup.saved:
-            saved: Any = self.loaded
-            return Activations(
-                self.path,
-                key,
-                arrays={name: tensor.to(setup.device) for name, tensor in saved.state.items()},
-                input_hash=lambda: str(saved.input_hash),
-                treatment=saved.treatment,
-                sample=saved.sample,
+            held: Any = lambda: self.loaded  # noqa: E731 -- what was loaded is activations here
+            return SavedArrays(
+                self.path, key, held, device=setup.device, dtype=setup.dtype, again=lambda: self.pairs > 1
             )
         return Activations(
             self.path,
@@ -309,7 +305,9 @@ class Workspace:
             batches=lambda: setup.batches,
             input_hash=lambda: setup.input_hash,
             kept=setup.kept,
-            facts=facts,
+            fresh=setup.fresh,
+            facts={"run": self.run.name, "step": self.step},
+            again=lambda: self.pairs > 1,
         )
 
     @property
@@ -321,6 +319,7 @@ class Workspace:
         """Let go of the tensors."""
         self._loaded = None
         self.visited = True
+        self.pairs -= 1
 
     def non_finite(self) -> str:
         """A sentence naming the first tensor that holds NaN or infinity, or an empty string."""

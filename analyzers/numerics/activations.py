@@ -12,19 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from dynprobe.analyzers.numerics.evaluate import Batch, Inputs, map_tensors
-from dynprobe.analyzers.numerics.input_samples import input_hash, recut
-from dynprobe.analyzers.numerics.layer_choice import Plan, label, n_samples_of, plan_layers, run
+from dynprobe.analyzers.numerics.input_samples import batch_size, input_hash, n_samples_of, recut
+from dynprobe.analyzers.numerics.layer_choice import Plan, label, plan_layers, run
 from dynprobe.analyzers.numerics.layouts import (
     LayerError,
+    Side,
     Treated,
     check_treatments,
-    padding_mask,
+    padding_masks,
     take,
     treat,
 )
 from dynprobe.analyzers.numerics.params import frozen_eval
 
-__all__ = ["Block", "Layer", "LayerError", "features", "input_hash", "record", "recut"]
+__all__ = [
+    "Block",
+    "Layer",
+    "LayerError",
+    "features",
+    "input_hash",
+    "n_samples_of",
+    "non_finite",
+    "record",
+    "recut",
+]
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,21 @@ class Layer:
         values: (n_rows, n_features), float32 (float64 if the network is), not centred, where the network is.
         sample: Which sample each row belongs to, (n_rows,) int64; None: row i is sample i.
         treatment: How it became a matrix: "" where it was one; "flatten", "average", "positions 8x8", "last",
-            "mean", "first", "per-step", "token".
+            "mean", "first", "per-step", "token"; and the type of a network in half precision.
     """
 
     values: Tensor
     sample: Tensor | None
     treatment: str
+
+    @property
+    def eps(self) -> float:
+        """Precision of the type the network computed in, where it is not that of `values`; else 0."""
+        return next((torch.finfo(t).eps for name, t in HALF.items() if self.treatment.endswith(name)), 0.0)
+
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that are widened to float32."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ def record(
     layers: str = "auto",
     maps: str = "flatten",
     sequences: str = "mean",
+    allow_non_finite: bool = False,
 ) -> None:
     """Hand what the chosen layers compute to `consume`, batch by batch, from one forward pass over the data.
 
@@ -92,7 +113,9 @@ def record(
             features, or `positions`, each a row of C features.
         sequences: What becomes of sequences (n, T, H): the `last`, `first` or `mean` of the steps that are no
             padding, `flatten` to T·H features, `per-step` a layer each, or `token`, each step a row.
-            Padding is known from masks among named inputs (`layouts.padding_mask`) and from packed sequences.
+            Padding is known from masks among named inputs (`layouts.padding_masks`) and packed sequences.
+        allow_non_finite: Hand on NaN and infinite activations as they are, for `non_finite` to name, instead
+            of an error for all layers.
 
     Raises:
         LayerError: A layer does not exist, never ran, has no sample dimension, changes its shape between
@@ -109,7 +132,8 @@ def record(
             recorder.run(model, inputs)
     if recorder is None:
         raise LayerError("there are no samples.", "Give batches (inputs, targets).")
-    recorder.check_finite()
+    if not allow_non_finite:
+        recorder.check_finite()
 
 
 @contextlib.contextmanager
@@ -138,8 +162,8 @@ class _Recorder:
         self._consume = consume
         self._maps, self._sequences = maps, sequences
         self._start = self._n = 0
-        self._mask: Tensor | None = None  # of this batch, and whether it keeps everything
-        self._is_full = True
+        self._masks: dict[Side, Tensor] = {}  # of this batch, and those that keep everything
+        self._full: set[Side] = set()
         self._calls: dict[str, int] = {}
         self._seen: dict[str, tuple[int, str]] = {}  # of this batch: features and treatment by layer
         self._form: dict[str, tuple[int, str]] | None = None  # of the first batch
@@ -149,9 +173,9 @@ class _Recorder:
     def run(self, model: nn.Module, inputs: Inputs) -> None:
         """Record one batch."""
         self._start += self._n
-        self._n = n_samples_of(inputs)
-        self._mask = padding_mask(inputs, self._n)
-        self._is_full = self._mask is None or bool(self._mask.all())
+        self._n = batch_size(inputs)
+        self._masks = padding_masks(inputs, self._n)
+        self._full = {side for side, mask in self._masks.items() if bool(mask.all())}
         self._calls, self._seen = dict.fromkeys(self.plan.modules, 0), {}
         run(model, map_tensors(torch.clone, inputs) if self.plan.writes else inputs)
         if self._form is None:
@@ -185,9 +209,7 @@ class _Recorder:
                 f"{layer!r} gives {shape} for {self._n} samples: there is no sample dimension.",
                 "A layer needs one row of numbers per sample: choose others.",
             )
-        unmasked = taken.keep is None and self._mask is not None and self._mask.shape != arranged.shape[:2]
-        keep = None if unmasked or self._is_full else self._mask
-        keep = keep if taken.keep is None else taken.keep
+        keep, unmasked = (taken.keep, False) if taken.keep is not None else self._mask_of(layer, arranged)
         emitted = 0
         try:
             for treated in treat(
@@ -199,7 +221,7 @@ class _Recorder:
                 unmasked=unmasked,
             ):
                 if not chosen.steps or any(fnmatchcase(treated.suffix[1:], s) for s in chosen.steps):
-                    self._emit(layer + treated.suffix, treated)
+                    self._emit(layer + treated.suffix, treated, arranged.dtype)
                     emitted += 1
         except LayerError as error:
             raise LayerError(f"{layer!r}: {error.message}", error.tip) from error
@@ -209,14 +231,24 @@ class _Recorder:
                 "Steps are counted from 0, and are layers of their own only with --sequences per-step.",
             )
 
-    def _emit(self, layer: str, treated: Treated) -> None:
+    def _mask_of(self, layer: str, arranged: Tensor) -> tuple[Tensor | None, bool]:
+        """Which steps of a layer are no padding, None for all, and whether no mask counts its steps."""
+        side = self.plan.sides.get(layer, "inputs")
+        mask = self._masks.get(side)
+        if mask is None or mask.shape != arranged.shape[:2]:
+            return None, bool(self._masks)
+        return None if side in self._full else mask, False
+
+    def _emit(self, layer: str, treated: Treated, dtype: torch.dtype) -> None:
         values = treated.values.detach()
-        self._seen[layer] = values.shape[1], treated.treatment
+        words = [treated.treatment, *(name for name, half in HALF.items() if dtype == half)]
+        treatment = ", ".join(word for word in words if word)
+        self._seen[layer] = values.shape[1], treatment
         self._check_form(layer)
         self._broken[layer] = self._broken.get(layer, 0) + _count_not_finite(values)
         self._numbers[layer] = self._numbers.get(layer, 0) + values.numel()
         sample = None if treated.sample is None else treated.sample + self._start
-        self._consume(Block(layer, self._start, values, sample, treated.treatment))
+        self._consume(Block(layer, self._start, values, sample, treatment))
 
     def _check_form(self, layer: str) -> None:
         """Refuse a layer with other features than in the first batch."""
@@ -244,7 +276,7 @@ class _Recorder:
         for layer, broken in self._broken.items():
             if count := int(broken):
                 raise LayerError(
-                    f"{layer!r}: NaN or infinite in {count} of {self._numbers[layer]} activations.",
+                    f"{layer!r}: {_broken(count, self._numbers[layer])}.",
                     "Look for NaN in the weights with dynprobe check.",
                 )
 
@@ -264,6 +296,16 @@ def _count_not_finite(values: Tensor) -> Any:
     return (~values.isfinite()).sum()
 
 
+def non_finite(values: Tensor) -> str:
+    """How many activations are not finite, as in "NaN or infinite in 470 of 960 activations"; "" for none."""
+    count = int(_count_not_finite(values))
+    return _broken(count, values.numel()) if count else ""
+
+
+def _broken(count: int, total: int) -> str:
+    return f"NaN or infinite in {count} of {total} activations"
+
+
 def features(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -271,6 +313,7 @@ def features(
     layers: str = "auto",
     maps: str = "flatten",
     sequences: str = "mean",
+    allow_non_finite: bool = False,
 ) -> dict[str, Layer]:
     """The chosen layers on all samples as matrices, in the order they fired; see `record`.
 
@@ -280,6 +323,7 @@ def features(
         layers: As for `record`.
         maps: As for `record`.
         sequences: As for `record`.
+        allow_non_finite: As for `record`.
 
     Returns:
         By name; the values lie where the network is.
@@ -288,23 +332,25 @@ def features(
         LayerError: As `record`.
     """
     stores: dict[str, _Store] = {}
-    n_samples = _number_of_samples(batches)
+    # None where only walking them would tell, which may cost as much as the data's loading
+    known = isinstance(batches, list | tuple) or hasattr(batches, "n_samples")
+    n_samples = n_samples_of(batches) if known else None
 
     def keep(block: Block) -> None:
         if block.layer not in stores:
             stores[block.layer] = _Store(block, n_samples)
         stores[block.layer].add(block)
 
-    record(model, batches, keep, layers=layers, maps=maps, sequences=sequences)
+    record(
+        model,
+        batches,
+        keep,
+        layers=layers,
+        maps=maps,
+        sequences=sequences,
+        allow_non_finite=allow_non_finite,
+    )
     return {layer: stores.pop(layer).whole() for layer in list(stores)}
-
-
-def _number_of_samples(batches: Any) -> int | None:
-    """None where only walking them would tell, which may cost as much as the data's loading."""
-    if isinstance(batches, list | tuple):
-        return sum(n_samples_of(inputs) for inputs, _targets in batches)
-    found = getattr(batches, "n_samples", None)
-    return None if found is None else int(found)
 
 
 class _Store:

@@ -11,39 +11,46 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 STRIP = 256
-"""Rows of a Gram matrix that are computed, or summed in float64, at a time."""
+"""Rows of a Gram matrix that are summed in float64, or computed other than on a CPU, at a time."""
 CHUNK = 2048
 """Rows whose products are summed in the working type before they go to a float64 sum."""
+MEDIAN_OF = 4_000_000
+"""Distances up to which their median is exact."""
 ROUNDING = 16
 """A unit that varies by less than this many roundings of its mean is constant."""
+MODERATE = 8
+"""Binary digits of the largest magnitude of features that need no scaling, nor need their inverses."""
 
 
-def centre(values: Tensor) -> tuple[Tensor, float]:
+def centre(values: Tensor, *, in_place: bool = False) -> tuple[Tensor, float]:
     """Features less their mean over the rows, and the largest of them in magnitude.
 
-    The mean is subtracted twice: the first difference is nearly exact where the mean is much larger than the
-    spread, and the second removes what rounding of the mean left. A float32 layer with |mean|/std = 10⁴ is
-    centred to the last digit of its values with no float64 copy.
+    A mean larger than all that is left is subtracted twice: the first difference is nearly exact, and the
+    second removes what rounding of the mean left. A float32 layer with |mean|/std = 10⁴ is centred to the
+    last digit of its values with no float64 copy.
 
     Args:
         values: (n_rows, n_features).
+        in_place: Overwrite the values, in single or double precision, instead of taking as much memory again.
 
     Returns:
-        New features of the same type (float32 for half precision), and the largest magnitude: 0 where they
-        are constant but for rounding, NaN or infinity where some are.
+        Features of the same type (float32 for half precision), and the largest magnitude: 0 where they are
+        constant but for rounding, NaN or infinity where some are.
     """
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     mean = values.mean(0)
-    features = values - mean
-    features -= features.mean(0)
+    features = values.sub_(mean) if in_place else values - mean
     largest = _largest(features)
-    noise = ROUNDING * torch.finfo(values.dtype).eps * mean.abs()
-    if float(noise.amax()) > 1e-3 * largest:  # else no such unit can be seen beside the others
+    size = mean.abs()
+    if float(size.amax()) > largest:
+        features -= features.mean(0)
+        noise = ROUNDING * torch.finfo(values.dtype).eps * size
         still = torch.maximum(features.amax(0), -features.amin(0)) <= noise
         features[:, still] = 0.0
         largest = _largest(features)
@@ -57,13 +64,23 @@ def _largest(features: Tensor) -> float:
 
 def exponent(largest: float) -> int:
     """The power of two to divide features by so that products of four of them neither over- nor underflow."""
-    return math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    power = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    return power if abs(power) > MODERATE else 0
 
 
-def gram(features: Tensor) -> Tensor:
-    """All inner products X Xᵀ of rows, (n, n): one half is computed, the other mirrored."""
+def gram(features: Tensor, out: Tensor | None = None) -> Tensor:
+    """All inner products X Xᵀ of rows, (n, n), in `out` if given; one half is computed, one mirrored."""
     n = len(features)
-    products = features.new_empty(n, n)
+    products = features.new_empty(n, n) if out is None else out
+    if features.device.type == "cpu":
+        x = features.numpy()
+        np.matmul(x, x.T, out=products.numpy())  # numpy asks BLAS for one half, torch for all of it
+        return products
+    return _gram_in_strips(features, products)
+
+
+def _gram_in_strips(features: Tensor, products: Tensor) -> Tensor:
+    n = len(features)
     for start in range(0, n, STRIP):
         stop = min(start + STRIP, n)
         torch.mm(features[start:stop], features[start:].T, out=products[start:stop, start:])
@@ -71,7 +88,7 @@ def gram(features: Tensor) -> Tensor:
     return products
 
 
-def median_distance(squared: Tensor, seed: int, most: int = 4_000_000) -> float:
+def median_distance(squared: Tensor, seed: int, most: int = MEDIAN_OF) -> float:
     """Median of the distances between different rows; of a seeded sample where there are more than `most`.
 
     Args:
@@ -81,12 +98,11 @@ def median_distance(squared: Tensor, seed: int, most: int = 4_000_000) -> float:
     """
     n = len(squared)
     if n * (n - 1) // 2 <= most:
-        i, j = torch.triu_indices(n, n, 1, device=squared.device)
+        distances = torch.cat([row[i + 1 :] for i, row in enumerate(squared)]).sqrt_()
     else:
         generator = torch.Generator().manual_seed(seed)
         i, j = torch.randint(n, (2, most), generator=generator).to(squared.device)
-        i, j = i[i != j], j[i != j]
-    distances = squared[i, j].sqrt()
+        distances = squared[i, j][i != j].sqrt_()
     middle = (len(distances) + 1) // 2
     low = float(distances.kthvalue(middle).values)
     if len(distances) % 2:
@@ -94,33 +110,31 @@ def median_distance(squared: Tensor, seed: int, most: int = 4_000_000) -> float:
     return (low + float(distances.kthvalue(middle + 1).values)) / 2
 
 
-def rbf(features: Tensor, fraction: float, seed: int, width: float = 0.0) -> tuple[Tensor, float]:
-    """exp(−|x_i − x_j|²/(2σ²)) − 1, with σ = `fraction` times the median distance.
+def squared_distances(features: Tensor, out: Tensor | None = None) -> Tensor:
+    """|x_i − x_j|² of all rows, (n, n), in `out` if given, of features from `centre`."""
+    squared = gram(features, out)
+    length = squared.diagonal().clone()
+    squared.mul_(-2).add_(length[:, None]).add_(length[None, :]).clamp_(min=0)
+    return squared.fill_diagonal_(0)
+
+
+def rbf(squared: Tensor, width: float) -> Tensor:
+    """exp(−|x_i − x_j|²/(2σ²)) − 1 from squared distances, in place.
 
     The 1 less changes nothing once it is centred, and keeps the digits of kernels that are all close to 1.
 
     Args:
-        features: From `centre`.
-        fraction: σ over the median distance.
-        seed: Of the sample of distances where there are very many.
-        width: σ itself where it is known.
-
-    Returns:
-        The kernel (n, n) and σ; σ is 0 where the median distance is.
+        squared: From `squared_distances`.
+        width: σ, more than 0.
     """
-    squared = gram(features)
-    length = squared.diagonal().clone()
-    squared.mul_(-2).add_(length[:, None]).add_(length[None, :]).clamp_(min=0)
-    squared.fill_diagonal_(0)
-    width = width or fraction * median_distance(squared, seed)
-    if width > 0:
-        squared.div_(-2 * width**2).expm1_()
-    return squared, width
+    return squared.div_(-2 * width**2).expm1_()
 
 
 def fourth_power(kernel: Tensor, *, of_rbf: bool) -> float:
-    """Σ k_ii² of a kernel that is not centred; of the RBF kernel, less 1 here, as it is."""
-    return float(len(kernel)) if of_rbf else float(kernel.diagonal().double().square().sum())
+    """Σ k_ii² of a kernel that is not centred; n times the largest k_ij² of `rbf`, whose k_ii are zero."""
+    if of_rbf:
+        return len(kernel) * _largest(kernel) ** 2
+    return float(kernel.diagonal().double().square().sum())
 
 
 def centre_gram(kernel: Tensor, *, unbiased: bool) -> Tensor:
@@ -136,7 +150,9 @@ def centre_gram(kernel: Tensor, *, unbiased: bool) -> Tensor:
     n = len(kernel)
     if unbiased:
         kernel.fill_diagonal_(0)
-    row = torch.cat([strip.sum(1, dtype=torch.float64) for strip in torch.split(kernel, STRIP)])
+    row = kernel.new_empty(n, dtype=torch.float64)
+    for strip, into in _chunks(kernel, row, size=STRIP):
+        into.copy_(strip.sum(1, dtype=torch.float64))
     if unbiased:
         shift, constant = row / (n - 2), row.sum() / ((n - 1) * (n - 2))
     else:
@@ -152,7 +168,7 @@ class Kernels:
 
     Attributes:
         unbiased: How they are centred.
-        gram: The matrices themselves, (n, n_layers, n); None where features are kept.
+        gram: The matrices themselves, (n_layers, n, n); None where features are kept.
         features: Centred features side by side, (n, Σ widths); None where Grams are kept.
         widths: Width of each layer in `features`.
         diagonal: k_ii of X Xᵀ of the centred features, or of HKH, (n, n_layers); zero for unbiased Grams.
@@ -173,11 +189,21 @@ class Kernels:
         """How many rows."""
         return len(self.row)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is kept, in which products are made."""
+        held = self.features if self.gram is None else self.gram
+        assert held is not None
+        return held.dtype
+
 
 def from_grams(grams: Tensor, widths: Sequence[int], *, unbiased: bool) -> Kernels:
-    """Kernels from centred matrices, (n, n_layers, n)."""
-    row = torch.cat([(part * part).sum(-1).double() for part in torch.split(grams, 64)])
-    diagonal = grams.diagonal(dim1=0, dim2=2).T.double()
+    """Kernels from centred matrices, (n_layers, n, n)."""
+    row = grams.new_empty(grams.shape[1], len(grams), dtype=torch.float64)
+    for index, kernel in enumerate(grams):
+        for part, into in _chunks(kernel, row[:, index], size=STRIP):
+            into.copy_((part * part).sum(-1))
+    diagonal = grams.diagonal(dim1=1, dim2=2).T.double()
     return Kernels(unbiased, grams, None, tuple(widths), diagonal, row.sum(0), row)
 
 
@@ -206,9 +232,9 @@ def as_grams(kernels: Kernels) -> Kernels:
     if kernels.gram is not None or kernels.features is None:
         return kernels
     n = kernels.n_rows
-    grams = kernels.features.new_empty(n, len(kernels.widths), n)
-    for index, part in enumerate(torch.split(kernels.features, list(kernels.widths), 1)):
-        grams[:, index] = centre_gram(gram(part), unbiased=kernels.unbiased)
+    grams = kernels.features.new_empty(len(kernels.widths), n, n)
+    for out, part in zip(grams, torch.split(kernels.features, list(kernels.widths), 1), strict=True):
+        centre_gram(gram(part, out), unbiased=kernels.unbiased)
     return from_grams(grams, kernels.widths, unbiased=kernels.unbiased)
 
 
@@ -220,7 +246,7 @@ def vanishes(total: Tensor, fourth: Tensor, n: int, dtype: torch.dtype, *, grams
 
     Args:
         total: T, (n_layers,).
-        fourth: Σ k_ii² before centring, (n_layers,).
+        fourth: From `fourth_power`, (n_layers,).
         n: Rows.
         dtype: In which products were made.
         grams: Whether T is a sum of squares, or a difference of larger numbers.
@@ -239,7 +265,7 @@ def products(a: Kernels, b: Kernels) -> Iterator[tuple[Tensor, Tensor]]:
     assert right is not None
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype), right.to(dtype)
-    row = torch.bmm(left, right.transpose(1, 2))
+    row = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0))  # a product for each sample
     for of_layer in row.unbind(1):
         yield of_layer.sum(0, dtype=torch.float64), of_layer
 
@@ -267,15 +293,18 @@ def _feature_products(a: Kernels, b: Kernels) -> Iterator[tuple[Tensor, Tensor]]
             total = total - n / (n - 2) * (k @ b.diagonal) + k.sum() * b.diagonal.sum(0) / ((n - 1) * (n - 2))
             shift = _weighted(other, u[:, None])[:, 0]
         cross, shift = cross.to(dtype), shift.to(dtype)
-        row = torch.cat([_row_products(x @ cross + shift, y, widths_b) for x, y in _chunks(part, other)])
+        row = part.new_empty(n, len(widths_b), dtype=torch.float64)
+        for x, y, into in _chunks(part, other, row):
+            into.copy_(_row_products(x @ cross + shift, y, widths_b))
         if a.unbiased:
             row += (part @ _weighted(part, v).to(dtype)) - (k + u)[:, None] * (b.diagonal + v)
             row += (u + c)[:, None] * (v.sum(0) - v - b.diagonal) + u @ v
         yield total, row
 
 
-def _chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(matrix, CHUNK) for matrix in matrices), strict=True)
+def _chunks(*matrices: Tensor, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each. Results go into one tensor: kept among temporaries they would scatter memory."""
+    return zip(*(torch.split(matrix, size) for matrix in matrices), strict=True)
 
 
 def _cross(x: Tensor, y: Tensor) -> Tensor:
@@ -287,8 +316,8 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _row_products(x: Tensor, y: Tensor, widths: list[int]) -> Tensor:
-    """x_i·y_i over the features of each layer, (rows, n_layers) float64."""
-    return torch.stack([block.sum(1) for block in torch.split(x * y, widths, 1)], 1).double()
+    """x_i·y_i over the features of each layer, (rows, n_layers)."""
+    return torch.stack([block.sum(1) for block in torch.split(x * y, widths, 1)], 1)
 
 
 def _weighted(x: Tensor, weights: Tensor) -> Tensor:

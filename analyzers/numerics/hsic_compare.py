@@ -35,8 +35,10 @@ class Comparison:
 def compare(a: Kernels, b: Kernels, blocks: Tensor, sample: Tensor | None = None) -> Comparison:
     """CKA = T_ab/√(T_aa T_bb) of every layer of a with every layer of b; its sign is kept.
 
-    The error is that of leaving out each row in turn and centring the rest anew, exactly. Rows of one sample
-    (positions, tokens) are not independent: their parts are summed to one per sample first.
+    The error is the jackknife's: each row is left out in turn and the rest centred anew. It counts twice what
+    pairs of samples add to the variance (Efron and Stein), so it is an upper estimate: about √2 times
+    too large where that part prevails, as for unrelated or very wide layers. Rows of one sample (positions,
+    tokens) are not independent: their parts are summed to one per sample first.
 
     Args:
         a: Layers of one network.
@@ -76,8 +78,6 @@ def _own(kernels: Kernels) -> Tensor:
     """T of each layer with itself without each row; NaN where that is nothing but rounding."""
     n = kernels.n_rows
     deleted = without_one(kernels.total, kernels.row, kernels.diagonal**2, n, unbiased=kernels.unbiased)
-    held = kernels.gram if kernels.gram is not None else kernels.features
-    assert held is not None
-    noise = 100 * torch.finfo(held.dtype).eps * kernels.total
+    noise = 100 * torch.finfo(kernels.dtype).eps * kernels.total
     # three samples, U-centred, are zero whatever they were
     return deleted.where((deleted > noise) & (n > (4 if kernels.unbiased else 2)), torch.nan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynprobe.analyzers.numerics.hsic import MEDIAN_OF, STRIP
+
 PAIRS = 4
 """Pairs that a checkpoint is taken to stand in, as in a series of five with all its pairs."""
 
@@ -26,7 +28,15 @@ class Plan:
     sentence: str
 
 
-def plan(n_rows: int, widths: Sequence[int], limit: float, *, itemsize: int = 4, gram: bool = False) -> Plan:
+def plan(
+    n_rows: int,
+    widths: Sequence[int],
+    limit: float,
+    *,
+    itemsize: int = 4,
+    gram: bool = False,
+    rows_per_sample: int = 1,
+) -> Plan:
     """Chooses by the number of operations for networks of these widths, within a limit of memory.
 
     Grams cost n²ΣD a network and 2n²L² a pair, covariances 4nΣD² and 4n(ΣD)², the sums by sample for the
@@ -38,17 +48,21 @@ def plan(n_rows: int, widths: Sequence[int], limit: float, *, itemsize: int = 4,
         limit: Bytes.
         itemsize: Bytes of a number.
         gram: Only Grams will do, as for any kernel but the linear one.
+        rows_per_sample: Of which the sums of blocks are kept that give the chance level.
     """
     n, depth, total = float(n_rows), len(widths), float(sum(widths))
-    features, sums = itemsize * n * total, 16 * n * depth**2
+    features, sums = itemsize * n * total, 120 * n * depth
+    blocks = 4 * itemsize * depth * rows_per_sample**2 if rows_per_sample > 1 else 0
+    median = 50 * min(n * n / 2, MEDIAN_OF) if gram else 0.0
+    strips = itemsize * n * (depth**2 + 4 * STRIP)
     needs = {
         "gram": (
             n * n * total + PAIRS * 2 * n * n * depth**2,
-            2 * itemsize * n * n * depth + features + sums,
+            2 * itemsize * n * n * depth + features + sums + strips + blocks + median,
         ),
         "covariance": (
-            4 * n * sum(d * d for d in widths) + PAIRS * 4 * n * total**2,
-            3 * features + 2 * sums + 16 * max(widths) * total,
+            4 * n * sum(d * d for d in widths) + 2 * n * total * rows_per_sample + PAIRS * 4 * n * total**2,
+            (2 + (depth > 1)) * features + sums + 24 * max(widths) * total + blocks,
         ),
     }
     if gram:

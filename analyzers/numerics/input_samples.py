@@ -15,11 +15,50 @@ from dynprobe.analyzers.numerics.evaluate import Batch, Inputs, map_tensors
 from dynprobe.analyzers.numerics.layouts import LayerError
 
 
+def n_samples_of(batches: Any) -> int:
+    """How many samples there are: `batches.n_samples`, else counted in the inputs by walking them.
+
+    Raises:
+        LayerError: The inputs of a batch have no sample dimension.
+    """
+    found = getattr(batches, "n_samples", None)
+    return sum(batch_size(inputs) for inputs, _targets in batches) if found is None else int(found)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor that has one.
+
+    Raises:
+        LayerError: There is no such tensor, it is not dense, or it is empty.
+    """
+    for tensor in tensors_of(inputs):
+        if not tensor.ndim:
+            continue
+        if not _dense(tensor).shape[0]:
+            raise LayerError("a batch holds no samples.", "Leave empty batches out.")
+        return len(tensor)
+    raise LayerError("the inputs hold no tensor with a sample dimension.", "Give batches (inputs, targets).")
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """All tensors of the inputs, in their order."""
+    return [value for _name, value in _named(inputs, "") if isinstance(value, Tensor)]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise LayerError("the inputs hold a sparse or nested tensor.", "Give dense ones: tensor.to_dense().")
+    return tensor
+
+
 def input_hash(batches: Iterable[Batch]) -> str:
     """32 hexadecimal digits over the inputs: names, dtypes, shape of a sample, bytes and order.
 
     Neither the targets nor the split into batches are part of it. A tensor without dimensions counts as a
     setting, not as samples.
+
+    Raises:
+        LayerError: A tensor is sparse or nested.
     """
     digests: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -51,7 +90,7 @@ def _named(inputs: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = _dense(tensor).detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
@@ -61,7 +100,7 @@ class Recut:
 
     Attributes:
         inputs: Of all samples.
-        targets: One per sample.
+        targets: One per sample; None where they could not be joined.
         order: Positions of the samples, (n_samples,); None: as they are.
         bounds: Where the batches start, and n_samples.
         n_total: Size of the source these samples are a subset of.
@@ -118,19 +157,19 @@ def recut(batches: Iterable[Batch], size: int, order: Any = None) -> Recut:
 
     Raises:
         ValueError: `size` is less than 1, or `order` is no permutation.
-        LayerError: There are no samples, or batches of different shapes cannot be joined.
+        LayerError: There are no samples, or inputs of different shapes or settings cannot be joined.
     """
     if size < 1:
         raise ValueError(f"`size` must be at least 1, got {size}")
     if hasattr(batches, "inputs") and hasattr(batches, "targets"):
         inputs, targets, move = batches.inputs, batches.targets, getattr(batches, "move", None)
-        n = int(getattr(batches, "n_samples", len(targets)))
+        n = int(batches.n_samples) if hasattr(batches, "n_samples") else batch_size(inputs)
     else:
         parts = list(batches)
         if not parts:
             raise LayerError("there are no samples.", "Give batches (inputs, targets).")
-        inputs, targets = _joined([part[0] for part in parts]), _joined([part[1] for part in parts])
-        n, move = len(_first(inputs)), None
+        inputs, targets = _joined([part[0] for part in parts]), _targets([part[1] for part in parts])
+        n, move = batch_size(inputs), None
     if isinstance(batches, Recut) and batches.order is not None:
         order = batches.order if order is None else batches.order[torch.as_tensor(order)]
     if order is not None:
@@ -142,15 +181,21 @@ def recut(batches: Iterable[Batch], size: int, order: Any = None) -> Recut:
     return Recut(inputs, targets, order, bounds, int(getattr(batches, "n_total", n)), move)
 
 
-def _first(inputs: Any) -> Tensor:
-    return next(value for _name, value in _named(inputs, "") if isinstance(value, Tensor) and value.ndim)
+def _targets(parts: Sequence[Any]) -> Any:
+    try:
+        return _joined(parts)
+    except (
+        LayerError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # of any kind, and what a network computes needs none
+        return None
 
 
 def _joined(parts: Sequence[Any]) -> Any:
     first = parts[0]
-    if isinstance(first, Tensor):
-        if first.ndim == 0:
-            return first
+    if isinstance(first, Tensor) and first.ndim:
         if len({part.shape[1:] for part in parts}) > 1:
             raise LayerError(
                 "the batches are padded to different lengths and cannot be cut anew.",
@@ -161,4 +206,9 @@ def _joined(parts: Sequence[Any]) -> Any:
         return {name: _joined([part[name] for part in parts]) for name in first}
     if isinstance(first, tuple | list):
         return tuple(_joined([part[i] for part in parts]) for i in range(len(first)))
+    if len({repr(part) for part in parts}) > 1:
+        raise LayerError(
+            f"the batches hold different settings ({first!r} in the first) and cannot be cut anew.",
+            "Give all batches the same.",
+        )
     return first

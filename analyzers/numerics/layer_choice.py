@@ -15,7 +15,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from dynprobe.analyzers.numerics.evaluate import Inputs, map_tensors
-from dynprobe.analyzers.numerics.layouts import Channels, ChannelTracker, LayerError, Layout, layout_of, take
+from dynprobe.analyzers.numerics.input_samples import batch_size, tensors_of
+from dynprobe.analyzers.numerics.layouts import (
+    Channels,
+    ChannelTracker,
+    LayerError,
+    Layout,
+    Side,
+    layout_of,
+    take,
+)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMALISATION = (
@@ -52,12 +61,14 @@ class Plan:
         modules: Those to hook, by name.
         calls: How often each of them runs in a forward pass.
         writes: Whether the network writes over its inputs.
+        sides: By label, whose steps a sequence counts; empty without a decoder with inputs of its own.
     """
 
     chosen: dict[str, Chosen]
     modules: dict[str, nn.Module]
     calls: dict[str, int]
     writes: bool
+    sides: dict[str, Side]
 
 
 @dataclass
@@ -87,30 +98,6 @@ def label(name: str, index: int) -> str:
     return name if index == 1 else f"{name}#{index}"
 
 
-def n_samples_of(inputs: Inputs) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor that has one.
-
-    Raises:
-        LayerError: There is no such tensor.
-    """
-    for tensor in tensors_of(inputs):
-        if tensor.ndim:
-            return len(tensor)
-    raise LayerError("the inputs hold no tensor with a sample dimension.", "Give batches (inputs, targets).")
-
-
-def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """All tensors of the inputs, in their order."""
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, inputs)
-    return found
-
-
 def run(model: nn.Module, inputs: Inputs) -> None:
     """A forward pass whose outputs do not matter: a dict as keywords, a tuple as positions."""
     if isinstance(inputs, Mapping):
@@ -137,7 +124,7 @@ def plan_layers(model: nn.Module, inputs: Inputs, layers: str) -> Plan:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise _program()
-    n = n_samples_of(inputs)
+    n = batch_size(inputs)
     names = _names(model)
     (before, _), (calls, writes) = (_observe(model, names, inputs, n, size) for size in _SIZES)
     if isinstance(model, fx.GraphModule) and not any(
@@ -156,7 +143,7 @@ def plan_layers(model: nn.Module, inputs: Inputs, layers: str) -> Plan:
     modules = {call.name: call.module for call in calls if call.label in found}
     counts = {name: sum(call.name == name for call in calls) for name in modules}
     chosen = {call.label: found[call.label] for call in calls if call.label in found}
-    return Plan(chosen, modules, counts, writes)
+    return Plan(chosen, modules, counts, writes, _sides(model, names, inputs, n, calls))
 
 
 def _names(model: nn.Module) -> dict[str, nn.Module]:
@@ -212,6 +199,37 @@ def _observe(
     return calls, versions != [_version(tensor) for tensor in tensors_of(few)]
 
 
+def _sides(
+    model: nn.Module, names: Mapping[str, nn.Module], inputs: Inputs, n: int, calls: Sequence[_Call]
+) -> dict[str, Side]:
+    """Whose steps each sequence counts: what becomes shorter with a decoder input less one step is its.
+
+    Names would not tell: a decoder's cross attention makes its keys from the encoder's steps.
+    """
+    if not isinstance(inputs, Mapping) or not any(str(name).startswith("decoder_") for name in inputs):
+        return {}
+
+    def shortened(name: str, value: Any) -> Any:
+        follows = name.startswith("decoder_") or name == "labels"
+        cuts = follows and isinstance(value, Tensor) and value.ndim > 1 and len(value) == n
+        return value[:, :-1] if cuts else value
+
+    shapes: dict[str, torch.Size] = {}
+    with contextlib.suppress(Exception):  # a network that takes no other length: all sides stay unknown
+        shorter, _ = _observe(
+            model, names, {name: shortened(name, value) for name, value in inputs.items()}, n, _SIZES[1]
+        )
+        shapes = {call.label: call.tensor.shape for call in shorter if call.tensor is not None}
+    sides: dict[str, Side] = {}
+    for call in calls:
+        if call.tensor is not None:
+            other = shapes.get(call.label)
+            sides[call.label] = (
+                "unknown" if other is None else "inputs" if other == call.tensor.shape else "decoder"
+            )
+    return sides
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -221,7 +239,9 @@ def _lay_out(before: Sequence[_Call], calls: Sequence[_Call]) -> None:
     earlier = {call.label: call.tensor for call in before}
     for call in calls:
         tensor, other = call.tensor, earlier.get(call.label)
-        if tensor is None or other is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        if tensor is None or other is None or not tensor.numel():
+            continue
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         shapes = other.shape, tensor.shape
         call.layout = layout_of(shapes, _SIZES, call.channels, time_first=call.time_first)
@@ -305,13 +325,12 @@ def _unknown(name: str, names: Mapping[str, nn.Module]) -> LayerError:
 def _unusable(call: _Call) -> LayerError:
     tip = "A layer needs one row of numbers per sample: choose others."
     if call.tensor is None:
-        return LayerError(f"{call.label!r} returns no tensor.", tip)
+        return LayerError(f"{call.label!r} returns no tensor, or one that is sparse or nested.", tip)
     shape, kind = tuple(call.tensor.shape), str(call.tensor.dtype).removeprefix("torch.")
     if not (call.tensor.is_floating_point() or call.tensor.is_complex()):
         return LayerError(f"{call.label!r} returns {kind} numbers, which are no activations.", tip)
-    return LayerError(
-        f"{call.label!r} gives {shape} for {_SIZES[1]} samples: there is no sample dimension.", tip
-    )
+    what = "there is no sample dimension" if call.tensor.numel() else "there are no numbers"
+    return LayerError(f"{call.label!r} gives {shape} for {_SIZES[1]} samples: {what}.", tip)
 
 
 def _there_are(names: Mapping[str, nn.Module]) -> str:

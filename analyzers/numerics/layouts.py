@@ -14,9 +14,13 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 Maps = Literal["average", "flatten", "positions"]
 Sequences = Literal["last", "mean", "first", "flatten", "per-step", "token"]
 Channels = Literal["first", "last"]
+Side = Literal["inputs", "decoder", "unknown"]
 
-_KEEP_MASKS = ("attention_mask", "mask")
 _PADDING_MASKS = ("padding_mask", "key_padding_mask", "src_key_padding_mask")
+_MASKS: dict[Side, tuple[str, ...]] = {
+    "inputs": ("attention_mask", "mask", *_PADDING_MASKS),
+    "decoder": ("decoder_attention_mask",),
+}
 _PREFERRED = ("last_hidden_state", "logits", "hidden_states")
 _CHANNELS_FIRST = re.compile(
     r"[123]d$|Conv(?!1D)|BatchNorm$|^GroupNorm$|^LocalResponseNorm$|^Upsample$|^Pixel"
@@ -78,22 +82,28 @@ def _entries(output: Any) -> list[Any]:
     return [named[name] for name in _PREFERRED if name in named] + list(named.values())
 
 
-def padding_mask(inputs: Any, n: int) -> Tensor | None:
+def padding_masks(inputs: Any, n: int) -> dict[Side, Tensor]:
     """Which steps of each sample are no padding, `(n, T)` bool, from the masks among named inputs.
 
     `attention_mask` and `mask` mark the steps to keep, `padding_mask`, `key_padding_mask` and
-    `src_key_padding_mask` those to leave out. None where there is no such mask.
+    `src_key_padding_mask` those to leave out, `decoder_attention_mask` the decoder's steps to keep. A side
+    without a mask is left out.
 
     Raises:
         LayerError: A sample has no step to keep.
     """
     if not isinstance(inputs, Mapping):
-        return None
-    for name in (*_KEEP_MASKS, *_PADDING_MASKS):
+        return {}
+    found = {side: _padding_mask(inputs, n, names) for side, names in _MASKS.items()}
+    return {side: keep for side, keep in found.items() if keep is not None}
+
+
+def _padding_mask(inputs: Mapping[str, Any], n: int, names: tuple[str, ...]) -> Tensor | None:
+    for name in names:
         mask = inputs.get(name)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != n:
             continue
-        keep = mask != 0 if name in _KEEP_MASKS else mask == 0
+        keep = mask == 0 if name in _PADDING_MASKS else mask != 0
         if empty := int((~keep.any(1)).sum()):
             raise LayerError(
                 f"`{name}` leaves no step of {empty} of {n} samples.", "Leave those samples out of the data."
@@ -222,7 +232,7 @@ def treat(
         keep: Which steps are no padding, (n, T).
         maps: What becomes of maps, one of `Maps`.
         sequences: What becomes of sequences, one of `Sequences`.
-        unmasked: There is a mask, but of another length than this sequence; said in the treatment.
+        unmasked: There is a mask, but not of this sequence's steps; said in the treatment.
 
     Raises:
         LayerError: Padding would become features.
@@ -297,6 +307,40 @@ def _each(n: int, times: int, device: torch.device) -> Tensor:
 def _real(values: Tensor) -> Tensor:
     """Real and imaginary parts side by side."""
     return torch.cat([values.real, values.imag], 1) if values.is_complex() else values
+
+
+def treated(values: Tensor, *, maps: str, sequences: str) -> tuple[Tensor, Tensor | None, str]:
+    """A saved array as a matrix: values, the sample of each row, and how it became one, as in `Treated`.
+
+    Args:
+        values: (n, d), which stays as it is; (n, T, H); (n, C, height, width), or with a depth.
+        maps: What becomes of maps, one of `Maps`.
+        sequences: What becomes of sequences, one of `Sequences`; nothing says which steps are padding.
+
+    Raises:
+        LayerError: It has other dimensions, no numbers, or no layout of one tensor in memory; or
+            `sequences` would make several layers of it.
+    """
+    check_treatments(maps, sequences)
+    if values.layout is not torch.strided or values.is_nested:
+        raise LayerError("the array is sparse or nested.", "Give a dense one: array.to_dense().")
+    shape = tuple(values.shape)
+    if not 2 <= len(shape) <= 5 or not values.numel():
+        raise LayerError(
+            f"an array of the shape {shape} is no layer.",
+            "A layer is (n, features), maps (n, channels, height, width) or sequences (n, steps, features).",
+        )
+    if len(shape) == 3 and sequences == "per-step":
+        raise LayerError(
+            f"an array of the shape {shape} is one layer, and per-step makes a layer of every step.",
+            "Save one array per step, or choose other --sequences.",
+        )
+    kind = {2: "rows", 3: "sequence"}.get(len(shape), "maps")
+    values = values.detach()
+    if not (values.is_floating_point() or values.is_complex()):
+        values = values.double()
+    one = next(treat(values, kind, None, maps=maps, sequences=sequences))
+    return one.values, one.sample, one.treatment
 
 
 def check_treatments(maps: str, sequences: str) -> None:

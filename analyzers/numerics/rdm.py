@@ -121,17 +121,18 @@ def dissimilarities(patterns: Tensor, measure: Measure) -> Floats:
     of_distances = measure in ("euclidean", "sqeuclidean")
     gram = gram_of_patterns(patterns, "stimuli" if of_distances else "features", centre=measure != "cosine")
     squared = gram.diagonal().clone()
-    rows, columns = torch.triu_indices(len(gram), len(gram), 1, device=gram.device)
+    upper = torch.ones_like(gram, dtype=torch.bool).triu(1)
     if of_distances:
-        size = squared[rows] + squared[columns]
-        found = size - 2 * gram[rows, columns]
+        size = (squared[:, None] + squared)[upper]
+        found = gram[upper].mul_(-2).add_(size)
         found[found < ROUNDING * size] = 0.0
         found /= patterns.shape[1]
-        found = found.sqrt() if measure == "euclidean" else found
+        found = found.sqrt_() if measure == "euclidean" else found
     else:
         length = squared.sqrt()
         length[length <= ROUNDING * _uncentred_length(patterns)] = math.nan
-        found = 1 - gram[rows, columns] / (length[rows] * length[columns])
+        gram /= length[:, None] * length
+        found = gram[upper].neg_().add_(1)
         found[found < ROUNDING] = 0.0
     return found.cpu().numpy()
 

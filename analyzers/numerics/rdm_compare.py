@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from dynprobe.analyzers.numerics.rdm import (
 Comparison = Literal["spearman", "rho-a", "pearson", "cosine", "whitened"]
 TIED = 1e-12
 """Dissimilarities closer than this part of the largest are ties: rounding would rank equal ones at random."""
+COUNTED = 16
+"""Bits of the interval that the rank of one of a part of the entries is counted in."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +52,92 @@ class Form:
         return self.left.nbytes + (0 if self.right is None else self.right.nbytes)
 
 
+@dataclass(frozen=True)
 class Ranking:
-    """The order of an RDM's entries, from which ranks of any part of them follow without sorting again."""
+    """The order of an RDM's entries, from which ranks of any part of them follow without sorting again.
 
-    def __init__(self, rdm: Floats) -> None:
-        self._order = np.argsort(rdm)
-        ordered = rdm[self._order]
-        scale = np.abs(ordered[[0, -1]]).max()
-        self._new = np.concatenate([[False], np.diff(ordered) > TIED * scale])
-        self._known = bool(np.isfinite(ordered).all())
+    Attributes:
+        twice: Twice the rank of each entry from 1, a whole number: ties share their mean. Shape (m,).
+        known: False if an entry is NaN or infinite.
+    """
 
-    def ranks(self, kept: Bools | None = None) -> Floats:
-        """Ranks from 1, ties share their mean; of the kept entries among themselves; NaN if any entry is."""
-        if not self._known:
-            return np.full(len(self._order) if kept is None else int(kept.sum()), np.nan)
-        order, starts = self._order, np.flatnonzero(self._new)
-        if kept is not None:
-            chosen = kept[order]
-            order = (np.cumsum(kept) - 1)[order[chosen]]
-            starts = np.flatnonzero(np.diff(np.cumsum(self._new)[chosen])) + 1
-        ends = np.append(starts, len(order))  # of the groups of ties
-        sizes = np.diff(ends, prepend=0)
-        ranks = np.empty(len(order))
-        ranks[order] = np.repeat(ends - (sizes - 1) / 2, sizes)
+    twice: NDArray[np.signedinteger[Any]]
+    known: bool
+
+    def ranks(self, kept: Integers | None = None) -> Floats:
+        """Ranks of all entries, or of some among themselves; NaN if any entry is not known.
+
+        Those of some are counted in 2^`COUNTED` intervals of ranks, which a processor's cache holds. Entries
+        of one interval become ties, which moves a correlation by less than 1e-7; those of an RDM with fewer
+        than 2^(COUNTED - 1) entries are exact.
+
+        Args:
+            kept: Places of the entries; all when None.
+        """
+        twice = self.twice if kept is None else self.twice[kept]
+        if not self.known:
+            return np.full(len(twice), np.nan)
+        if kept is None:
+            return twice / 2
+        interval = twice >> max(0, (2 * len(self.twice)).bit_length() - COUNTED)
+        size = np.bincount(interval)
+        ranks: Floats = (np.cumsum(size) - (size - 1) / 2)[interval]
         return ranks
 
 
+def ranking(rdm: Floats) -> Ranking:
+    """The order of an RDM's entries, shape (m,); values that differ by rounding are ties (`TIED`)."""
+    m = len(rdm)
+    twice: NDArray[np.signedinteger[Any]] = np.zeros(m, dtype=np.int32 if 2 * m < 2**31 else np.int64)
+    order = np.argsort(rdm)
+    ordered = rdm[order]
+    if not np.isfinite(ordered[[0, -1]]).all():  # NaN comes last
+        return Ranking(twice, known=False)
+    new = np.diff(ordered) > TIED * np.abs(ordered[[0, -1]]).max()
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+    ends = np.append(starts[1:], m)
+    twice[order] = np.repeat(starts + ends + 1, ends - starts)
+    return Ranking(twice, known=True)
+
+
+@dataclass(frozen=True)
 class Comparable:
     """RDMs of the same stimuli, to be compared whole or without some of the stimuli.
 
+    Attributes:
+        compare: See `comparable`.
+        rdms: The RDMs, each of shape (m,), or for rank measures their rankings.
+    """
+
+    compare: Comparison
+    rdms: list[Floats | Ranking]
+
+    def form(self, without: Bools | None = None) -> Form:
+        """What products give similarities of, without the stimuli marked, shape (n_stimuli,)."""
+        kept = None if without is None else np.flatnonzero(entries_between(~without))
+        first = next(iter(self.rdms), None)
+        m = len(first.twice if isinstance(first, Ranking) else first) if first is not None else 0
+        rdms = np.empty((len(self.rdms), m if kept is None else len(kept)))
+        for row, rdm in zip(rdms, self.rdms, strict=True):
+            if isinstance(rdm, Ranking):
+                row[:] = rdm.ranks(kept)
+            else:
+                row[:] = rdm if kept is None else rdm[kept]
+        return _whitened(rdms) if self.compare == "whitened" else _scaled(rdms, self.compare)
+
+
+def comparable(rdms: Iterable[Floats], compare: Comparison) -> Comparable:
+    """RDMs made ready to be compared.
+
     Args:
-        rdms: Shape (n_rdms, m).
+        rdms: Each of shape (m,), or all of shape (n_rdms, m); taken one by one, so that rank measures need
+            not have them all at once.
         compare: spearman (correlation of ranks), rho-a (its mean over random orders of ties:
             12 Σ r s/(m³ − m) of centred ranks), pearson, cosine, or whitened: cosine after whitening with the
             covariance V of squared distances of patterns without structure.
+
+    Raises:
+        ValueError: If no comparison is called so.
 
     References:
         Nili et al., "A toolbox for representational similarity analysis", PLoS Comput. Biol. 10 (2014).
@@ -90,45 +145,32 @@ class Comparable:
         Diedrichsen et al., "Comparing representational geometries using whitened unbiased-distance-matrix
         similarity", Neurons, Behavior, Data analysis, and Theory 5 (2021) (V, and its relation to CKA).
     """
-
-    def __init__(self, rdms: Floats, compare: Comparison) -> None:
-        if compare not in get_args(Comparison):
-            raise ValueError(f"no comparison is called {compare!r}")
-        self.rdms = np.atleast_2d(rdms)
-        self.compare: Comparison = compare
-        by_rank = compare in ("spearman", "rho-a")
-        self._rankings = [Ranking(rdm) for rdm in self.rdms] if by_rank else []
-
-    def form(self, without: Bools | None = None) -> Form:
-        """What products give similarities of, without the stimuli marked, shape (n_stimuli,)."""
-        kept = None if without is None else entries_between(~without)
-        if self._rankings:
-            ranks = [ranking.ranks(kept) for ranking in self._rankings]
-            rdms = np.stack(ranks) if ranks else np.zeros((0, self.rdms.shape[1]))
-        else:
-            rdms = self.rdms if kept is None else self.rdms[:, kept]
-        return _form(rdms, self.compare)
+    if compare not in get_args(Comparison):
+        raise ValueError(f"no comparison is called {compare!r}")
+    by_rank = compare in ("spearman", "rho-a")
+    return Comparable(compare, [ranking(rdm) if by_rank else np.asarray(rdm) for rdm in rdms])
 
 
-def _form(rdms: Floats, compare: Comparison) -> Form:
-    m = rdms.shape[1]
-    if compare == "whitened":
-        return _whitened(rdms)
+def _scaled(rdms: Floats, compare: Comparison) -> Form:
+    """Of length 1, or for rho-a of the length that ranks without ties have; in place."""
+    m, level = rdms.shape[1], np.zeros(len(rdms))
     if compare == "cosine":
-        length = _length(rdms, np.zeros(len(rdms)))
-        return Form(rdms / length, None, np.sqrt(m) * rdms.mean(1) / length[:, 0])
-    centred = rdms - rdms.mean(1, keepdims=True)
-    length = _length(centred, np.abs(rdms).max(1, initial=0.0) * np.sqrt(m))
+        length = _length(rdms, level)
+        level = np.sqrt(m) * rdms.mean(1) / length
+    else:
+        scale = np.maximum(rdms.max(1, initial=0.0), -rdms.min(1, initial=0.0)) * np.sqrt(m)
+        rdms -= rdms.mean(1, keepdims=True)
+        length = _length(rdms, scale)
     if compare == "rho-a":
-        scale = np.sqrt(12 / (float(m) ** 3 - m)) if m > 1 else np.nan
-        length = np.where(np.isfinite(length), 1 / scale, np.nan)
-    return Form(centred / length, None, np.zeros(len(rdms)))
+        length = np.where(np.isfinite(length), np.sqrt((float(m) ** 3 - m) / 12), np.nan)
+    rdms /= length[:, None]
+    return Form(rdms, None, level)
 
 
 def _length(vectors: Floats, scale: Floats) -> Floats:
-    """‖v‖ as a column; NaN where it is rounding of a vector of the given scale."""
-    length = np.linalg.norm(vectors, axis=1)
-    return np.where(length > 1e-12 * scale, length, np.nan)[:, None]
+    """‖v‖; NaN where it is rounding of a vector of the given scale."""
+    length = np.sqrt([row @ row for row in vectors])
+    return np.where(length > 1e-12 * scale, length, np.nan)
 
 
 def _whitened(rdms: Floats) -> Form:
@@ -139,17 +181,19 @@ def _whitened(rdms: Floats) -> Form:
     permuted stimuli it is tr K tr L/(n − 1) on average, and tr K is proportional to the sum of the RDM.
     """
     n = n_stimuli(rdms.shape[1])
-    sums = row_sums(rdms)
-    weight = (sums - sums.sum(1, keepdims=True) / (2 * n)) / n
-    rows, columns = np.triu_indices(n, 1)
-    right = rdms - weight[:, rows]
-    right -= weight[:, columns]
-    right /= 2
-    size = np.einsum("ij,ij->i", rdms, right)
-    length = np.sqrt(np.where(size > 1e-24 * (rdms**2).sum(1), size, np.nan))[:, None]
-    # rᵀV⁻¹s = ⟨K, L⟩ with K = −½HDH, and tr K = Σd/n
-    trace = rdms.sum(1) / n
-    return Form(rdms / length, right / length, trace / (length[:, 0] * np.sqrt(n - 1)))
+    right, level = np.empty_like(rdms), np.empty(len(rdms))
+    upper = np.triu(np.ones((n, n), dtype=bool), 1)
+    for i, rdm in enumerate(rdms):
+        sums = row_sums(rdm)
+        weight = (sums - sums.sum() / (2 * n)) / n
+        right[i] = (rdm - (weight[:, None] + weight)[upper]) / 2
+        size = float(rdm @ right[i])
+        length = np.sqrt(size) if size > 1e-24 * float(rdm @ rdm) else np.nan
+        # rᵀV⁻¹s = ⟨K, L⟩ with K = −½HDH, and tr K = Σd/n
+        level[i] = rdm.sum() / n / (length * np.sqrt(n - 1))
+        rdm /= length
+        right[i] /= length
+    return Form(rdms, right, level)
 
 
 def similarities(rdms_a: Floats, rdms_b: Floats, compare: Comparison) -> Floats:
@@ -158,10 +202,10 @@ def similarities(rdms_a: Floats, rdms_b: Floats, compare: Comparison) -> Floats:
     Args:
         rdms_a: Shape (n_a, m).
         rdms_b: Shape (n_b, m), of the same stimuli.
-        compare: See `Comparable`.
+        compare: See `comparable`.
     """
-    one = Comparable(rdms_a, compare).form()
-    return one @ (one if rdms_b is rdms_a else Comparable(rdms_b, compare).form())
+    one = comparable(rdms_a, compare).form()
+    return one @ (one if rdms_b is rdms_a else comparable(rdms_b, compare).form())
 
 
 def chance(one: Form, other: Form) -> Floats:
@@ -213,12 +257,13 @@ def noise_ceiling(rdms: Floats, compare: Comparison) -> Ceiling:
     """Similarity of each RDM to the pooled ones, of all (upper) and of all others (lower).
 
     Pooled is the mean of ranks (spearman, rho-a; ranked again), of RDMs scaled to one root mean square
-    (cosine), to one whitened length (whitened) or to z-scores (pearson), as in rsatoolbox. The mean of
+    (cosine) or to z-scores (pearson), as in rsatoolbox, or of RDMs scaled to one whitened length (whitened,
+    where rsatoolbox scales as for cosine): what makes no model exceed the mean of `upper`. The mean of
     `upper` is exceeded by no model; that of `lower` is what the best model can be expected to reach.
 
     Args:
         rdms: Of the same stimuli, shape (n_networks, m), at least 2.
-        compare: See `Comparable`.
+        compare: See `comparable`.
 
     Raises:
         ValueError: If there is one RDM.
@@ -229,13 +274,13 @@ def noise_ceiling(rdms: Floats, compare: Comparison) -> Ceiling:
     n = len(rdms)
     if n < 2:
         raise ValueError("a ceiling needs two RDMs")
-    form = Comparable(rdms, compare).form()
+    form = comparable(rdms, compare).form()
     # pooled as they are: ranks, not ranks of length one, which ties would make to differ
-    parts = Comparable(rdms, "rho-a").form().left if compare == "spearman" else form.left
+    parts = comparable(rdms, "rho-a").form().left if compare == "spearman" else form.left
     total = parts.sum(0)
 
     def to(pooled: Floats) -> Floats:
-        return (form @ Comparable(pooled, compare).form())[:, 0]
+        return (form @ comparable([pooled], compare).form())[:, 0]
 
     lower = np.array([to(total - own)[i] for i, own in enumerate(parts)])
     return Ceiling(lower, to(total))
@@ -249,7 +294,8 @@ def ceiling_of_similarities(similarity: NDArray[np.floating]) -> Ceiling:
     it compares with the mean of ranks as it is, not ranked again, which differs by little.
 
     Args:
-        similarity: Of every two networks, 1 on the diagonal, shape (n_networks, n_networks).
+        similarity: Of every two networks, on the diagonal of each to itself (1; below it for rho-a with
+            ties), shape (n_networks, n_networks).
     """
     s = np.asarray(similarity, dtype=np.float64)
     sums, own = s.sum(1), np.diagonal(s)
@@ -257,14 +303,3 @@ def ceiling_of_similarities(similarity: NDArray[np.floating]) -> Ceiling:
         upper = sums / np.sqrt(s.sum())
         lower = (sums - own) / np.sqrt(s.sum() - 2 * sums + own)
     return Ceiling(lower, upper)
-
-
-def jackknife(one: Comparable, other: Comparable, block: Integers) -> Floats:
-    """The similarities with each block of stimuli left out, shape (n_rdms, n_others, n_blocks).
-
-    Args:
-        one: RDMs.
-        other: RDMs of the same stimuli.
-        block: Block of each stimulus, shape (n_stimuli,).
-    """
-    return np.stack([one.form(block == b) @ other.form(block == b) for b in range(int(block.max()) + 1)], -1)

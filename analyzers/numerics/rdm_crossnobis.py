@@ -44,19 +44,19 @@ class ShrunkNoise:
         return (patterns - weight.T @ self.residual) / (self.scale * self.ridge)
 
 
-def shrunk_noise(values: Tensor, condition: Integers) -> ShrunkNoise:
-    """Noise covariance within conditions, shrunk towards a multiple of the identity.
+def shrunk_noise(values: Tensor, group: Integers) -> ShrunkNoise:
+    """Noise covariance within groups of samples, shrunk towards a multiple of the identity.
 
     Σ = n/(n − C)·[ρμI + (1 − ρ)S] with S = RᵀR/n, μ = tr S/d and ρ = min(β², δ²)/δ², where
     β² = (Σ_k ‖r_k‖⁴/n − ‖S‖²)/n and δ² = ‖S − μI‖² (Ledoit and Wolf 2004, Lemmas 3.2 to 3.4); all from the
-    n × n products of residuals. C is the number of conditions, whose means cost degrees of freedom.
+    n × n products of residuals. C is the number of groups, whose means cost degrees of freedom.
 
     Args:
         values: Patterns, shape (n_samples, n_features).
-        condition: Condition of each sample, shape (n_samples,).
+        group: Group of each sample, 0, 1, …, shape (n_samples,).
 
     Raises:
-        ValueError: If nothing varies within conditions.
+        ValueError: If nothing varies within groups.
 
     References:
         Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", J.
@@ -64,22 +64,24 @@ def shrunk_noise(values: Tensor, condition: Integers) -> ShrunkNoise:
         Walther et al., "Reliability of dissimilarity measures for multi-voxel pattern analysis", NeuroImage
         137 (2016).
     """
-    means = condition_means(values, condition)
-    residual = values.double() - means[torch.as_tensor(condition, device=values.device)]
+    means = condition_means(values, group)
+    residual = values.double() - means[torch.as_tensor(group, device=values.device)]
     (n, width), degrees = residual.shape, len(values) - len(means)
     gram = residual @ residual.T
     squares = gram.diagonal()
     size = float((gram**2).sum()) / n**2
     mean_variance = float(squares.sum()) / (n * width)
     if degrees < 1 or mean_variance <= 1e-24 * float((values.double() ** 2).mean()):
-        raise ValueError("nothing varies within conditions")
+        raise ValueError("nothing varies within conditions and folds")
     delta = size - mean_variance**2 * width
     beta = min((float((squares**2).sum()) / n - size) / n, delta)
     shrinkage = beta / delta if delta > 0 else 1.0
     if shrinkage >= 1:  # the identity alone
         return ShrunkNoise(torch.zeros_like(residual[:1]), n / degrees, mean_variance, 1.0)
     if shrinkage <= 0:
-        raise ValueError("the residuals within conditions are all alike: their covariance has no inverse")
+        raise ValueError(
+            "the residuals within conditions and folds are all alike: their covariance has no inverse"
+        )
     kept = (1 - shrinkage) / n
     return ShrunkNoise(residual, kept * n / degrees, shrinkage * mean_variance / kept, shrinkage)
 
@@ -114,13 +116,14 @@ def crossnobis(values: Tensor, condition: Integers, fold: Integers, *, shrink: b
         values: Patterns, shape (n_samples, n_features).
         condition: Condition of each sample, 0, 1, …, shape (n_samples,).
         fold: From `deal_folds`.
-        shrink: P is the inverse of the shrunk noise covariance (`shrunk_noise`); else the identity.
+        shrink: P is the inverse of the shrunk noise covariance within conditions and folds (`shrunk_noise`);
+            else the identity.
 
     Returns:
         Shape (m,) of the conditions.
 
     Raises:
-        ValueError: If there is one condition, or nothing varies within conditions.
+        ValueError: If there is one condition, or nothing varies within conditions and folds.
 
     References:
         Walther et al., "Reliability of dissimilarity measures for multi-voxel pattern analysis", NeuroImage
@@ -138,7 +141,9 @@ def crossnobis(values: Tensor, condition: Integers, fold: Integers, *, shrink: b
     stacked = torch.stack([torch.stack(means).sum(0), *means])
     right = stacked
     if shrink:
-        noise = shrunk_noise(centred, condition)
+        # around the means of the parts: about the whole condition's, residuals of different parts would have
+        # the parts' differences in common, and the noise in P would not be independent of theirs
+        noise = shrunk_noise(centred, condition * n_folds + fold)
         right = noise.precision_products(stacked.flatten(0, 1)).view_as(stacked)
     products = stacked @ right.mT
     cross = products[0] - products[1:].sum(0)  # over ordered pairs of different folds

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers.numerics.rdm import Floats, Integers, n_entries
-from dynprobe.analyzers.numerics.rdm_compare import Comparable, Comparison, Form
+from dynprobe.analyzers.numerics.rdm_compare import Comparison, Form, comparable
 
 BLOCK_BYTES = 32e6
 """Of the RDMs of units that are there at once."""
@@ -27,7 +27,7 @@ def unit_similarities(values: Floats, predictors: Form, compare: Comparison) -> 
     Args:
         values: Activations, shape (n_stimuli, n_units).
         predictors: Forms of the predictors' RDMs, under the same comparison.
-        compare: See `rdm_compare.Comparable`.
+        compare: See `rdm_compare.comparable`.
 
     Returns:
         Shape (n_units, n_predictors); NaN for a unit that is constant.
@@ -39,7 +39,7 @@ def unit_similarities(values: Floats, predictors: Form, compare: Comparison) -> 
     for start in range(0, n_units, at_once):
         part = np.ascontiguousarray(values[:, start : start + at_once].T)
         rdms = np.abs(part[:, rows] - part[:, columns])
-        found[start : start + at_once] = Comparable(rdms, compare).form() @ predictors
+        found[start : start + at_once] = comparable(rdms, compare).form() @ predictors
     return found
 
 

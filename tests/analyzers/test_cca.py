@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,14 @@ from torch import nn
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers import _cca as module
+from dynprobe.analyzers import _cca_notes as notes
+from dynprobe.analyzers._cca import reduce_network
 from dynprobe.analyzers.cca import cca
 from dynprobe.analyzers.core.activations import as_activations
+from dynprobe.analyzers.core.contract import declaration_of
+from dynprobe.analyzers.numerics.canonical import Components
+
+analyzer_module = sys.modules["dynprobe.analyzers.cca"]
 
 STATISTICS = ("mean_rho", "mean_rho_squared", "svcca", "pwcca", "procrustes")
 
@@ -135,7 +143,8 @@ def test_pairs_whose_ranks_reach_n_minus_1_are_nan_with_layers_and_samples_named
     assert found["forced"].tolist() == [[0, 5], [1, 36]]
     assert found.converged
     note = next(note for note in found.notes if "whatever the data" in note)
-    assert "n - 1 = 39" in note
+    assert "ranks 36 + 39 leave no room in n - 1 = 39 dimensions" in note
+    assert "approach 1" in note
     assert "wide (rank 36) with narrow (4)" in note
     assert "3 of 4 pairs" in note
     assert math.isnan(found["same_layer"])
@@ -145,7 +154,7 @@ def test_pairs_whose_ranks_reach_n_minus_1_are_nan_with_layers_and_samples_named
 
 def test_nothing_left_of_the_statistic_is_an_error_that_names_the_ways_out():
     a, b = draw(30, 20), draw(30, 20, seed=1)
-    with pytest.raises(OptionError, match=r"n - 1 = 29 or more make correlations 1") as caught:
+    with pytest.raises(OptionError, match=r"20 \+ 20 leave no room in n - 1 = 29") as caught:
         quick(a, b, components=2)
     assert "--samples" in caught.value.tip
     assert "--statistic svcca" in caught.value.tip
@@ -160,36 +169,128 @@ def test_nothing_left_of_the_statistic_is_an_error_that_names_the_ways_out():
     assert "--statistic svcca" not in caught.value.tip
 
 
-def test_no_error_is_given_where_leaving_out_a_block_would_force_correlations():
+def test_a_refusal_at_the_boundary_does_not_say_that_correlations_are_forced():
+    a, b = draw(31, 15), draw(31, 15, seed=1)
+    with pytest.raises(OptionError, match=r"ranks 15 \+ 15 leave no room in n - 1 = 30 dimensions"):
+        quick(a, b)
+    forced = quick(a, b, force=True)
+    assert forced["forced"][0, 0] == 0
+    assert not any("are 1 whatever the data" in note for note in forced.notes)
+
+
+def test_force_says_how_many_correlations_say_nothing_and_where():
+    a = {"narrow": draw(40, 5), "wide": draw(40, 36, seed=1)}
+    found = quick(a, {"wide": draw(40, 38, seed=3)}, force=True)
+    note = next(note for note in found.notes if "whatever the data" in note)
+    assert note.startswith("39 of 41 correlations are 1 whatever the data in 2 pairs of layers, most at wide")
+    assert "wide (rank 36) with wide (38)" in note
+    few = next(note for note in found.notes if note.startswith("few samples"))
+    assert "fewest for" in few
+    assert "wide (rank 36) with wide (38)" in few
+
+
+def test_no_error_is_given_where_all_blocks_but_one_leave_no_room_and_why_is_said_by_statistic():
     found = cca(draw(40, 17), draw(40, 19, seed=1), jackknife_blocks=4, components=2)
     assert np.isfinite(found["mean_rho"]).all()
     assert np.isnan(found["mean_rho_stderr"]).all()
     assert np.isfinite(found["svcca_stderr"]).all()
-    assert any("no standard error" in note for note in found.notes)
+    note = next(note for note in found.notes if "no standard error" in note)
+    assert note.startswith("no standard error of mean ρ, mean ρ² and PWCCA for 1 pairs")
+    assert "ranks 17 + 19 leave no room in the 29 dimensions" in note
     assert any("few samples for the dimensions" in note for note in found.notes)
+    found = cca(draw(40, 17), draw(40, 19, seed=1), jackknife_blocks=4, threshold=1.0, statistic="svcca")
+    assert np.isnan(found["svcca_stderr"]).all()
+    assert any(note.startswith("no standard error of SVCCA") for note in found.notes)
 
 
-def test_a_dead_layer_is_nan_with_its_name_and_the_others_go_on():
-    net = network(kind=nn.ReLU)
-    net[2].weight.data.zero_()
-    found = quick((net, batches(200)), (network(1), batches(200)))
-    dead = list(found["layer_a"]).index("2")
-    assert any("2 is constant over the samples" in note for note in found.notes)
-    assert found["rank_a"][dead] == 0
-    for name in STATISTICS:
-        assert np.isnan(found[name][dead]).all()
-        assert np.isfinite(found[name][0]).all()
-    assert np.isnan(found["forced"][dead]).all()
+def test_a_neuron_that_fires_on_one_sample_costs_no_error():
+    a = torch.cat([draw(100, 4), (torch.arange(100) == 3).double()[:, None]], 1)
+    found = cca(a, draw(100, 3, seed=1), chance_permutations=0)
+    assert all(np.isfinite(found[f"{name}_stderr"]).all() for name in STATISTICS)
+    assert not any("no standard error" in note for note in found.notes)
 
 
-def test_errors_and_chance_that_were_not_asked_for_are_nan_and_said_to_be():
-    found = quick(draw(50, 4), draw(50, 3, seed=1))
-    assert "block_effect" not in found
-    assert np.isnan(found["pwcca_stderr"]).all()
-    assert np.isnan(found["pwcca_chance"]).all()
-    assert found["mean_rho_squared_chance"][0, 0] == 4 / 49
-    assert any("--jackknife-blocks" in note for note in found.notes)
-    assert any("--chance-permutations" in note for note in found.notes)
+def test_layers_with_fewer_components_than_asked_for_are_named():
+    found = quick({"x": draw(60, 3), "z": draw(60, 12)}, {"y": draw(60, 9, seed=1)}, components=9)
+    assert any("1 layers have fewer than 9 components" in note and "x (3)" in note for note in found.notes)
+    assert found["k_a"].tolist() == [3, 9]
+
+
+def test_half_precision_arrays_are_not_constant():
+    a, b = draw(400, 6), draw(400, 5, seed=1)
+    found = quick(a.bfloat16(), b.half())
+    assert found["rank_a"] == 6
+    assert found["rank_b"] == 5
+    assert found["mean_rho"][0, 0] == pytest.approx(quick(a, b)["mean_rho"][0, 0], abs=0.01)
+
+
+class Steps(nn.Module):
+    """Every step of a sample is the same noise, of a seed; padding is masked."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.noise, self.copy = draw(30, 1, 3, seed=seed), nn.Identity()
+
+    def forward(self, x, attention_mask):
+        return self.copy(self.noise[: len(x)] + x[:, :, None])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_chance_of_ragged_sequences_moves_whole_samples_or_is_missing_with_a_reason(alone):
+    lengths = torch.arange(1, 31) if alone else torch.tensor([2, 6]).repeat(15)
+    mask = (torch.arange(30) < lengths[:, None]).long()
+
+    inputs = {"x": torch.zeros(30, 30, dtype=torch.float64), "attention_mask": mask}
+    data = [(inputs, torch.zeros(30))]
+    options = {"sequences": "token", "layers": "copy", "chance_permutations": 300}
+    found = cca((Steps(1), data), (Steps(2), data), **options)
+    if alone:
+        assert np.isnan(found["mean_rho_squared_chance"]).all()
+        assert any("no chance levels for 1 pairs of layers, as of copy" in note for note in found.notes)
+    else:
+        expected = 3 * float((lengths**2).sum() / lengths.sum() ** 2)
+        assert found["mean_rho_squared_chance"][0, 0] == pytest.approx(expected, abs=0.03)
+
+
+def test_the_matrix_on_the_screen_is_of_the_chosen_statistic():
+    declaration = declaration_of(cca)
+    assert declaration.matrix == "pwcca"
+    assert declaration.resolved({"statistic": "svcca"}).matrix == "svcca"
+
+
+def test_the_cost_is_one_forward_pass_for_each_checkpoint():
+    assert declaration_of(cca).cost({}, 2) == {"forwards": 1}
+
+
+def test_options_of_the_summary_and_of_memory_decide_no_number_of_a_pair():
+    settings = {option.name for option in declaration_of(cca).options if option.is_setting}
+    assert settings == {"memory", "permutations", "bootstrap", "level"}
+
+
+def test_what_a_pair_will_take_is_logged_and_a_long_one_is_warned_of_once(caplog, monkeypatch):
+    a, b = draw(50, 4), draw(50, 3, seed=1)
+    with caplog.at_level("DEBUG", logger="dynprobe"):
+        quick(a, b)
+        assert "GFLOP" in caplog.text
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        monkeypatch.setattr(notes, "LONG", 0.0)
+        quick(a, b)
+        quick(a, b)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "--jackknife-blocks 0" in warnings[0]
+
+
+def test_what_is_kept_of_a_network_does_not_grow_with_the_blocks():
+    recorded = {"layers": "auto", "maps": "average", "sequences": "mean"}
+    sizes = []
+    for blocks in (0, 40):
+        found = reduce_network(
+            as_activations({"x": draw(400, 90)}), recorded, Components(),
+            blocks=blocks, seed=0, force=False, keep_values=False,
+        )  # fmt: skip
+        sizes.append(sum(v.nbytes for v in vars(found.spaces[0]).values() if isinstance(v, torch.Tensor)))
+    assert sizes == [8 * 90 * (400 + 90 + 1)] * 2
 
 
 class Maps(nn.Module):
@@ -225,6 +326,31 @@ def test_the_original_pwcca_replaces_the_papers_and_says_what_it_is():
     assert any("the published code" in note for note in original.notes)
 
 
+def test_the_original_pwcca_of_dependent_neurons_is_said_to_be_arbitrary():
+    a = draw(90, 3)
+    found = quick({"x": torch.cat([a, a[:, :1]], 1)}, {"y": draw(90, 5, seed=1)}, pwcca="original")
+    assert any("arbitrary" in note and "x (rank 3 of 4)" in note for note in found.notes)
+    plain = quick({"x": a}, {"y": draw(90, 5, seed=1)}, pwcca="original")
+    assert not any("arbitrary" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({"pwcca": "original", "statistic": "pwcca"}, "PWCCA (published code)"),
+        ({"pwcca": "original", "statistic": "svcca"}, "SVCCA"),
+        ({"pwcca": "paper", "statistic": "pwcca"}, "PWCCA"),
+    ],
+)
+def test_the_figure_says_where_pwcca_is_that_of_the_published_code(options, label, monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        analyzer_module, "similarity_figure", lambda *names: labels.append(names[1]) or (lambda *_: None)
+    )
+    analyzer_module._draw(SimpleNamespace(attributes={"options": options}), None)
+    assert labels == [label]
+
+
 def test_the_original_pwcca_that_breaks_down_is_nan_with_a_note(monkeypatch):
     monkeypatch.setattr(module, "original_pwcca", lambda x, y: (math.nan, True))
     found = quick(draw(90, 3), draw(90, 5, seed=1), pwcca="original")
@@ -235,7 +361,9 @@ def test_the_original_pwcca_that_breaks_down_is_nan_with_a_note(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"jackknife_blocks": 1}, "leaving out 1 block"),
+        ({"jackknife_blocks": 1}, "1 block of samples has no spread"),
+        ({"components": 2, "threshold": 0.9}, "--components sets the number"),
+        ({"components": 2, "sv": "sigma"}, "--components sets the number"),
         ({"threshold": 0.0}, "threshold 0 keeps no component"),
         ({"seed": -1}, "seed -1"),
         ({"layers": "nothing"}, "nothing"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from torch import nn
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.cka import cka
-from dynprobe.analyzers.core.activations import as_activations
+from dynprobe.analyzers.core.activations import Activations, SavedArrays, as_activations
+from dynprobe.analyzers.core.contract import declaration_of
+from dynprobe.analyzers.numerics.hsic_plan import plan
 
 KINDS = [
     pytest.param({}, id="unbiased"),
@@ -166,6 +170,60 @@ def test_a_constant_layer_is_nan_by_name_and_the_others_go_on(options):
     assert any("dead is constant over the samples" in note for note in found.notes)
 
 
+class NotChecked(SavedArrays):
+    """Saved activations, as they are when non-finite ones are let through."""
+
+    def __init__(self, layers):
+        self.state, self.treatment, self.sample, self.input_hash = layers, {}, {}, ""
+        super().__init__("saved", "key", lambda: self)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [slice(None), slice(40, 41)])
+@pytest.mark.parametrize("options", [*KINDS, pytest.param({"kernel": "rbf", "minibatch": 16}, id="both")])
+def test_a_layer_with_nan_or_infinite_activations_is_nan_by_name_and_the_others_go_on(options, where, bad):
+    a = {"good": array(5, 1), "broken": array(4, 3)}
+    a["broken"][where, 1] = bad
+    found = cka(NotChecked(a), {"good": array(5, 2)}, **options)
+    alone = cka({"good": a["good"]}, {"good": array(5, 2)}, **options)
+    for name in ("cka", "cka_stderr", "cka_chance", "hsic"):
+        assert found[name][0, 0] == pytest.approx(alone[name][0, 0], abs=1e-12)
+        assert math.isnan(found[name][1, 0])
+    assert math.isnan(found["hsic_a"][1])
+    assert found["layer_a"].tolist() == ["good", "broken"]
+    assert any("broken is NaN or infinite in" in note for note in found.notes)
+
+
+class InSeries:
+    """Two networks as a series of pairs has them, and whether another pair will ask for them."""
+
+    def __init__(self, again):
+        held, self.again = data((40, 20)), again
+        self.pair = [
+            Activations(name, name, model=lambda n=net: n, batches=lambda: held, again=lambda: self.again)
+            for name, net in (("one", Net(0)), ("two", Net(1)))
+        ]
+
+
+@pytest.mark.parametrize(("options", "passes"), [({}, 1), ({"kernel": "rbf"}, 2)])
+def test_minibatches_of_a_network_in_no_other_pair_are_not_kept_and_give_the_same_numbers(options, passes):
+    options = {"minibatch": 16, **options}
+    kept, passing = InSeries(True), InSeries(False)
+    first, second = (cka(*series.pair, **options) for series in (kept, passing))
+    assert first.spent == second.spent == {"forwards": 2 * passes}
+    for name, values in dict(first).items():
+        np.testing.assert_array_equal(values, second[name])
+    kept.again = False
+    assert cka(*kept.pair, **options).spent == {"forwards": 0}
+    assert cka(*passing.pair, **options).spent == {"forwards": passes}
+
+
+@pytest.mark.parametrize("name", ["memory", "permutations", "bootstrap", "level"])
+def test_limits_and_options_of_the_summary_decide_no_number_of_a_pair(name):
+    assert name in {option.name for option in declaration_of(cka).options}
+    assert declaration_of(cka).deciding({name: 1, "kernel": "rbf"}) == {"kernel": "rbf"}
+
+
 def test_a_layer_equal_on_most_pairs_of_samples_has_no_median_distance_and_says_so():
     x = torch.zeros(N, 2)
     x[:5, 0] = 1
@@ -255,6 +313,115 @@ def test_positions_as_samples_compare_layers_with_the_same_positions_and_cluster
     assert found["cka"][0, 0] == pytest.approx(rows["cka"].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_the_chance_level_of_positions_is_the_mean_over_samples_in_random_order_not_0(estimator):
+    options = {"maps": "positions", "layers": "conv2", "estimator": estimator}
+    nets = Net(0).double(), Net(1).double()
+    inputs = data()[0][0].double() + torch.linspace(-3, 3, 6, dtype=torch.float64)
+    targets = torch.zeros(N, dtype=torch.long)
+    found = cka(*((net, [(inputs, targets)]) for net in nets), **options)
+    permuted = []
+    for seed in range(60):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+        saved = [
+            as_activations((net, [(x, targets)])).features(layers="conv2", maps="positions")["conv2"].values
+            for net, x in zip(nets, (inputs, inputs[order]), strict=True)
+        ]
+        permuted.append(value(*saved, estimator=estimator))
+    assert found["cka_chance"].item() == pytest.approx(
+        np.mean(permuted), abs=4 * np.std(permuted) / math.sqrt(60)
+    )
+    assert found["cka_chance"].item() > 0.03
+    excess = (found["cka"] - found["cka_chance"]) / (1 - found["cka_chance"])
+    np.testing.assert_allclose(found["excess"], excess)
+
+
+class Tokens(nn.Module):
+    """A layer on sequences, whose padding is named."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Embedding.from_pretrained(torch.randn(11, 6, generator=generator))
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.table(input_ids)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_tokens_have_a_chance_level_where_all_samples_have_as_many_and_a_note_where_not(ragged):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, (N, 8), generator=generator)
+    lengths = torch.randint(2, 9, (N, 1), generator=generator) if ragged else torch.full((N, 1), 8)
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(8) < lengths).long()}
+    parts = [({k: v[rows] for k, v in inputs.items()}, ids[rows, 0]) for rows in (slice(20), slice(20, N))]
+    a, b = ((Tokens(seed), parts) for seed in (0, 1))
+    found = cka(a, b, sequences="token", layers="table")
+    assert found["n_rows_a"].item() == int(lengths.sum())
+    assert np.isfinite(found["cka"]).all()
+    assert np.isnan(found["cka_chance"]).all() == np.isnan(found["excess"]).all() == ragged
+    assert any("different numbers of rows" in note for note in found.notes) == ragged
+    whole = cka(*((net, [(inputs, ids[:, 0])]) for net, _ in (a, b)), sequences="token", layers="table")
+    np.testing.assert_allclose(found["cka"], whole["cka"], atol=1e-6)
+
+
+def test_sigma_of_minibatches_is_the_median_distance_of_a_sample_of_512_whatever_the_batches():
+    x, y = array(5, 1, n=90), array(8, 2, n=90)
+    full = cka(x, y, kernel="rbf")
+    for size in (9, 30):
+        batched = cka(x, y, kernel="rbf", minibatch=size, seed=size)
+        np.testing.assert_allclose(batched["bandwidth_a"], full["bandwidth_a"], rtol=1e-12)
+    many = array(5, 1, n=2000)
+    sigma = [cka(many, many, kernel="rbf", minibatch=100, seed=seed)["bandwidth_a"][0] for seed in range(5)]
+    np.testing.assert_allclose(sigma, float(torch.pdist(many).median()), rtol=0.05)
+
+
+def test_the_pass_that_finds_sigma_for_minibatches_ends_after_512_samples_and_counts_as_one():
+    net, seen = nn.Linear(4, 3), []
+    net.register_forward_pre_hook(lambda _module, arguments: seen.append(len(arguments[0])))
+    x = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    kept = as_activations((net, [(x, torch.zeros(2000))]))
+    options = {"kernel": "rbf", "minibatch": 250}
+    assert cka(kept, kept, **options).spent == {"forwards": 2}
+    assert sum(seen) < 2000 + 3 * 512
+    assert not net._forward_hooks
+    assert declaration_of(cka).cost(options, 1) == {"forwards": 2}
+    assert declaration_of(cka).cost({"kernel": "rbf"}, 1) == {"forwards": 1}
+    assert cka(x, x, **options).spent == {"forwards": 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"minibatch": 50}])
+def test_a_large_bandwidth_gives_the_linear_kernel_and_a_small_one_nan_with_the_reason(options):
+    a, b = (array(500, seed, n=100).float() for seed in (1, 2))
+    wide = cka(a, b, kernel="rbf", bandwidth=1000.0, **options)
+    np.testing.assert_allclose(wide["cka"], cka(a, b, **options)["cka"], atol=0.01)
+    narrow = cka(a, b, kernel="rbf", bandwidth=0.001, **options)
+    assert np.isnan(narrow["cka"]).all()
+    assert any("another --bandwidth is needed" in note for note in narrow.notes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+@pytest.mark.parametrize(("n", "depth", "width"), [(100_000, 1, 100), (20_000, 5, 80), (1500, 5, 200)])
+def test_memory_stays_within_a_few_percent_of_the_plan(n, depth, width):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        {f"layer{i}": torch.randn(n, width, generator=generator) for i in range(depth)}
+        for _network in range(2)
+    )
+    cka(*({name: x[:50] for name, x in network.items()} for network in (a, b)))
+    a, b = as_activations(a), as_activations(b)
+    before = memory_of_process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    cka(a, b)
+    peak = memory_of_process("VmHWM") - before
+    assert peak < 1.15 * plan(n, [width] * depth, 4e9).bytes
+
+
+def memory_of_process(name):
+    found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
 def test_minibatches_are_near_the_full_sample_by_the_deviation_they_state():
     a, b = {"x": array(5, 1), "r": torch.randn(N, 6)}, {"x": array(8, 2), "r": torch.randn(N, 6)}
     full, batched = cka(a, b), cka(a, b, minibatch=20)
@@ -303,7 +470,8 @@ def test_two_active_samples_have_a_value_but_no_standard_error():
     ("options", "words"),
     [
         ({"bandwidth": 0.5}, "no effect on the linear kernel"),
-        ({"kernel": "rbf", "bandwidth": 0.0}, "positive"),
+        ({"kernel": "rbf", "bandwidth": 0.0}, "between 1e-06 and 1e\\+06"),
+        ({"kernel": "rbf", "bandwidth": 1e9}, "between 1e-06 and 1e\\+06"),
         ({"minibatch": 4}, "too few"),
         ({"minibatch": 16, "estimator": "biased"}, "bias that grows"),
         ({"memory": 1e-6}, "--memory"),
@@ -318,9 +486,20 @@ def test_options_that_cannot_be_followed_are_refused_with_a_tip(options, words):
     assert error.value.tip
 
 
-def test_minibatches_of_positions_are_refused_with_a_tip():
+@pytest.mark.parametrize(("n", "given", "enough"), [(100, 8, 9), (N, 8, 9), (31, 7, 11), (12, 10, 12)])
+def test_the_tip_for_minibatches_that_are_too_small_names_the_smallest_that_are_not(n, given, enough):
+    with pytest.raises(OptionError, match="too few") as error:
+        cka(array(n=n), array(seed=1, n=n), minibatch=given)
+    assert f"--minibatch {enough} or more" in error.value.tip
+    cka(array(n=n), array(seed=1, n=n), minibatch=enough)
+    with pytest.raises(OptionError, match="too few"):
+        cka(array(n=n), array(seed=1, n=n), minibatch=enough - 1)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_minibatches_of_positions_are_refused_with_a_tip(kernel):
     with pytest.raises(OptionError, match="a row is a sample") as error:
-        cka((Net(0), data()), (Net(1), data()), maps="positions", minibatch=16)
+        cka((Net(0), data()), (Net(1), data()), maps="positions", minibatch=16, kernel=kernel)
     assert "--maps" in error.value.tip
 
 

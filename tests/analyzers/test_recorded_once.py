@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers.core import activations as module
-from dynprobe.analyzers.core.activations import Activations, as_activations, check_comparable
+from dynprobe.analyzers.core import registry
+from dynprobe.analyzers.core.activations import Activations, SavedArrays, as_activations, check_comparable
+from dynprobe.analyzers.core.memory import Memory
 from dynprobe.io.kept_activations import KeptActivations
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -102,7 +104,7 @@ def test_what_is_remembered_is_made_once():
 
 
 def test_beyond_the_limit_it_is_remembered_in_files_that_go_with_the_activations(monkeypatch):
-    memory = module._Memory()
+    memory = Memory()
     monkeypatch.setattr(module, "_memory", memory)
     networks = [recorded() for _ in range(4)]
     made = []
@@ -153,7 +155,8 @@ def test_arrays_are_comparable_with_a_word_of_doubt():
 
 def test_hashes_of_sample_ids_and_of_inputs_cannot_be_compared():
     def known(text):
-        return Activations(text, text, arrays={"x": torch.ones(3, 2)}, input_hash=lambda: text)
+        held = module._Arrays({"x": torch.ones(3, 2)}, input_hash=text)
+        return SavedArrays(text, text, lambda: held)
 
     assert check_comparable(known("sample_ids:1"), known("abc"))
     with pytest.raises(OptionError, match="different inputs"):
@@ -163,8 +166,12 @@ def test_hashes_of_sample_ids_and_of_inputs_cannot_be_compared():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (object(), "holds no activations"),
-        (np.ones(3), "need two dimensions"),
+        (object(), "object holds no activations"),
+        (np.ones(3), "has the shape .3,."),
+        (np.ones((50, 0)), "has the shape .50, 0."),
+        (np.ones((3, 2)) * 1j, "is complex"),
+        ((np.ones((3, 2)), np.ones((3, 2))), "a tuple of 2 is no activations"),
+        ({}, "there is no layer"),
         ({"a": np.ones((3, 2)), "b": np.ones((4, 2))}, "different numbers of samples"),
         ({"a": np.array([[1.0, np.nan]])}, "a: 1 of 2 activations are NaN"),
     ],
@@ -175,8 +182,85 @@ def test_what_is_no_activations_is_refused_with_a_reason(value, message):
     assert error.value.tip
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(3, 2)[::-1],
+        np.arange(6.0).reshape(3, 2).astype(">f8"),
+        np.arange(6.0).reshape(3, 2).astype(np.longdouble),
+        np.arange(6).reshape(3, 2),
+        np.arange(6).reshape(3, 2) > 2,
+        torch.arange(6.0).reshape(3, 2).requires_grad_(),
+        torch.arange(6.0).reshape(3, 2).to_sparse(),
+    ],
+    ids=["reversed", "big-endian", "longdouble", "integers", "booleans", "requires grad", "sparse"],
+)
+def test_arrays_of_every_make_are_taken(array):
+    values = as_activations(array).features()["activations"].values
+    assert values.is_floating_point()
+    assert not values.requires_grad
+    expected = array.detach().to_dense().numpy() if isinstance(array, Tensor) else array
+    np.testing.assert_allclose(values.numpy(), np.asarray(expected, dtype=float))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        IMAGES,
+        [IMAGES[:8], IMAGES[8:]],
+        [(IMAGES[:8], None), (IMAGES[8:], None)],
+        [(IMAGES[:8], torch.tensor(0)), (IMAGES[8:], torch.tensor(0))],
+        [(IMAGES[:8], (torch.zeros(8), torch.zeros(8))), (IMAGES[8:], (torch.zeros(3), torch.zeros(3)))],
+    ],
+    ids=["one tensor", "inputs alone", "no targets", "targets without samples", "several targets"],
+)
+def test_data_of_every_make_are_taken(data):
+    activations = as_activations((NET, data))
+    assert activations.n_samples == 11
+    expected = as_activations((NET, batches(11))).features()
+    for name, layer in activations.features().items():
+        torch.testing.assert_close(layer.values, expected[name].values)
+
+
 def test_layers_of_arrays_are_chosen_by_name_and_glob():
     arrays = as_activations({"a1": np.ones((3, 2)), "a2": np.ones((3, 2)), "b": np.ones((3, 2))})
     assert list(arrays.features(layers="a*")) == ["a1", "a2"]
     with pytest.raises(OptionError, match="no layer is called 'c'"):
         arrays.features(layers="b,c")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_and_remembered(dtype):
+    """Which directions are rounding depends on the type the network computed in."""
+    layer = as_activations(torch.ones(4, 2, dtype=dtype)).features()["activations"]
+    assert layer.values.dtype == torch.float32
+    assert layer.eps == torch.finfo(dtype).eps
+    net = nn.Linear(3, 2).to(dtype)
+    recorded = as_activations((net, [(torch.ones(4, 3, dtype=dtype), None)])).features()
+    assert [layer.eps for layer in recorded.values()] == [torch.finfo(dtype).eps]
+    assert as_activations(torch.ones(4, 2)).features()["activations"].eps == 0
+
+
+class Logarithm(nn.Module):
+    """A layer whose output is not a number for some samples, and is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.log, self.last = nn.Linear(4, 5), nn.Sequential(nn.LogSigmoid()), nn.Linear(5, 3)
+        self.log.register_forward_hook(lambda _module, _inputs, output: (output * 1e30).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log(self.first(x))
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("analyzer", ["cka", "cca", "rsa"])
+def test_a_layer_that_is_not_a_number_is_named_and_the_others_are_compared(analyzer):
+    net, data = Logarithm(), [(torch.randn(60, 4, generator=GENERATOR), None)]
+    function = registry.load(analyzer).function
+    found = function((net, data), (net, data), layers="first,log,last")
+    value = found[{"cka": "cka", "cca": "pwcca", "rsa": "similarity"}[analyzer]]
+    place = list(found["layer_a"]).index("log")
+    assert np.isnan(value[place]).all()
+    assert np.isfinite(np.delete(np.delete(value, place, 0), place, 1)).all()
+    assert any("log" in note and "NaN" in note for note in found.notes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 import torch
 from matplotlib.figure import Figure
 from scipy.spatial.distance import pdist, squareform
@@ -18,7 +21,13 @@ from dynprobe.analyzers._rsa_figure import draw_rsa
 from dynprobe.analyzers.core.activations import Activations
 from dynprobe.analyzers.core.contract import declaration_of, labelled
 from dynprobe.analyzers.core.result import Array, Piece, stack
-from dynprobe.analyzers.numerics.rdm_compare import noise_ceiling, similarities
+from dynprobe.analyzers.numerics.activations import Layer
+from dynprobe.analyzers.numerics.rdm_compare import (
+    Comparable,
+    ceiling_of_similarities,
+    noise_ceiling,
+    similarities,
+)
 from dynprobe.analyzers.rsa import PREDICTOR_RETURNS, rsa
 
 N = 30
@@ -160,6 +169,26 @@ def test_dead_patterns_are_said_to_have_no_correlation_and_have_distances():
     assert np.isfinite(rsa(x, layer(6, 1), dissimilarity="euclidean")["similarity"]).all()
 
 
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (np.nan, "it has NaN or infinite in 1 of"),
+        (1e160, "largest activation is"),
+        (1e-170, "is not a float64"),
+    ],
+)
+def test_activations_that_no_distance_can_be_had_of_are_named_with_the_true_reason(scale, says):
+    x = layer()
+    x = x * scale if np.isfinite(scale) else np.where(np.arange(x.size).reshape(x.shape) == 7, scale, x)
+    net = Activations(
+        "net", "key", model=lambda: nn.Identity(), batches=lambda: [(torch.as_tensor(x), torch.zeros(N))]
+    )
+    net.features = lambda **_: {"fc": Layer(torch.as_tensor(x), None, "")}
+    found = rsa(net, layer(), dissimilarity="sqeuclidean")
+    assert np.isnan(found["similarity"]).all()
+    assert any(says in note for note in found.notes)
+
+
 def test_a_layer_of_one_feature_has_no_correlation():
     found = rsa(layer(1), layer(4))
     assert any("30 of 30 patterns" in note for note in found.notes)
@@ -261,6 +290,59 @@ def test_a_stack_of_subjects_has_a_ceiling_and_its_error_is_over_subjects(tmp_pa
     declared(found)
 
 
+def test_one_flat_subject_of_a_stack_is_named(tmp_path):
+    subjects = np.stack([pdist(layer(4, s)) for s in range(4)])
+    subjects[2] = 1.0
+    found = rsa(layer(), predictors=saved(tmp_path, "brain.npy", subjects))
+    assert "predictor brain: no similarity, subject 3 of 4: all dissimilarities are equal" in found.notes
+
+
+def test_stimuli_that_do_not_activate_a_unit_are_not_listed_among_the_most_activating(tmp_path):
+    values = np.zeros((N, 3))
+    values[[4, 9], 0] = 1.0, 2.0
+    values[:, 1:] = layer(2)
+    found = rsa(
+        values,
+        predictors=saved(tmp_path, "f.npy", values[:, 0]),
+        units=True,
+        clusters=3,
+        inputs_shown=4,
+        dissimilarity="euclidean",
+    )
+    cluster = found["central_unit"][:, 0].tolist().index("activations:0")
+    assert found["most_activating"][cluster, 0].tolist() == [9, 4, -1, -1]
+    assert found["most_activation"][cluster, 0].tolist() == [2, 1, 0, 0]
+    assert found["least_activating"][cluster, 0].tolist() == [-1] * 4
+    other = found["central_unit"][:, 0].tolist().index("activations:1")
+    order = np.argsort(values[:, 1])
+    assert found["least_activating"][other, 0].tolist() == order[:4].tolist()
+    np.testing.assert_allclose(found["least_activation"][other, 0], values[order[:4], 1])
+    assert np.isnan(found["most_activation"][other, 1]).all()
+
+
+def test_rdms_are_compared_block_by_block_so_that_few_are_there_at_once(monkeypatch):
+    alive, most = [], []
+    whole = Comparable.form
+
+    def counted(self, without=None):
+        form = whole(self, without)
+        alive.append(weakref.ref(form))
+        most.append(sum(one() is not None for one in alive))
+        return form
+
+    monkeypatch.setattr(Comparable, "form", counted)
+    monkeypatch.setattr("dynprobe.analyzers._rsa.REMEMBERED", 0.0)
+    rsa(network(0), network(1))
+    assert len(most) == 22
+    assert max(most) <= 2
+    most.clear()
+    monkeypatch.setattr("dynprobe.analyzers._rsa.REMEMBERED", 1.0)
+    a = Activations("net", "a", model=lambda: nn.Identity(), batches=lambda: batches())
+    rsa(a, network(1))
+    rsa(a, network(2))
+    assert len(most) == 33
+
+
 def test_units_are_mapped_clustered_and_shown_with_their_inputs(tmp_path):
     features = layer(3, 9)
     np.savetxt(tmp_path / "f.csv", features, delimiter=",", header="hue,size,speed", comments="")
@@ -330,18 +412,17 @@ def test_predictors_are_read_from_every_format_as_what_their_shape_says(tmp_path
     np.testing.assert_allclose(names("stack.npy", stack_of_two)[1][0], [rdm, 2 * rdm])
     np.testing.assert_allclose(names("flats.npy", np.stack([rdm, 2 * rdm]))[1][0], [rdm, 2 * rdm])
     same = (labels[:, None] != labels).astype(float)
-    for name, array in (("words.npy", labels), ("codes.npy", np.array([5, 5, 1, 1, 2, 2]))):
-        np.testing.assert_array_equal(squareform(names(name, array)[1][0][0]), same)
+    np.testing.assert_array_equal(squareform(names("words.npy", labels)[1][0][0]), same)
     assert names("two.npz", {"shape": square, "speed": np.arange(6.0)})[0] == ["shape", "speed"]
     mat = {"brain": np.moveaxis(stack_of_two, 0, 2), "speed": np.arange(6.0), "kind": list(labels)}
     found, arrays = names("m.mat", mat)
     assert found == ["brain", "speed", "kind"]
     np.testing.assert_allclose(arrays[0], [rdm, 2 * rdm])
     np.testing.assert_array_equal(squareform(arrays[2][0]), same)
-    text = "hue,kind,code:class,size\n" + "\n".join(f"{i},{labels[i]},{i // 2},{i * i}" for i in range(6))
+    text = "hue,kind,size\n" + "\n".join(f"{i},{labels[i]},{i * i}" for i in range(6))
     found, arrays = names("t.csv", text)
-    assert found == ["hue", "size", "t (all)", "kind", "code"]
-    np.testing.assert_array_equal(arrays[3], arrays[4])
+    assert found == ["hue", "size", "t (all)", "kind"]
+    np.testing.assert_array_equal(squareform(arrays[3][0]), same)
     assert names("plain.csv", "\n".join(f"{i},{i * i}" for i in range(6)))[0] == [
         "plain[0]",
         "plain[1]",
@@ -352,9 +433,95 @@ def test_predictors_are_read_from_every_format_as_what_their_shape_says(tmp_path
     )
 
 
+def in_every_format(tmp_path, name, values):
+    """A column of numbers as each kind of file holds it."""
+    lines = "\n".join(f"{v:g}" for v in values)
+    return [
+        saved(tmp_path, f"{name}.npy", np.array(values, dtype=np.int64)),
+        saved(tmp_path, f"{name}.npz", {name: np.array(values, dtype=float)}),
+        saved(tmp_path, f"{name}.mat", {name: np.array(values, dtype=float)}),
+        saved(tmp_path, f"{name}.csv", f"{name}\n{lines}"),
+    ]
+
+
+def test_whole_numbers_are_numbers_in_every_format_and_classes_where_they_are_named(tmp_path):
+    codes = [5, 5, 1, 1, 2, 2]
+    for path in in_every_format(tmp_path, "lab", codes):
+        (number,) = read_predictors(path, 6)
+        np.testing.assert_array_equal(number.rdms[0], pdist(np.array(codes, dtype=float)[:, None]))
+        assert "|x_i - x_j|" in number.kind
+        assert "--classes" in number.kind
+        (label,) = read_predictors(path, 6, {"lab"})
+        np.testing.assert_array_equal(label.rdms[0], pdist(np.array(codes)[:, None], "hamming"))
+        assert label.kind == "classes (3)"
+
+
+def test_how_each_predictor_was_read_is_said(tmp_path):
+    text = "rating,lab,kind\n" + "\n".join(f"{i / 7},{i % 3},{'ab'[i % 2]}" for i in range(N))
+    path = saved(tmp_path, "t.csv", text)
+    notes = rsa(layer(), predictors=path, classes="lab").notes
+    assert "rating: |x_i - x_j|" in notes
+    assert "lab: classes (3)" in notes
+    assert "kind: classes (2)" in notes
+    rdm = saved(tmp_path, "human.npy", np.stack([squareform(pdist(layer(2, s))) for s in (1, 2)]))
+    assert "human: RDMs of 2 subjects" in rsa(layer(), predictors=rdm).notes
+    for given, says in (("lap", "no predictor is called so"), ("human", "no list of labels")):
+        with pytest.raises(OptionError, match=says):
+            rsa(layer(), predictors=rdm, classes=given)
+
+
+def test_a_first_row_of_numbers_is_a_row_of_numbers_unless_it_counts_the_columns(tmp_path):
+    rows = [f"{0.3 + i},{i * i}" for i in range(7)]
+    with pytest.raises(OptionError, match=r"shape \(7, 2\)"):
+        read_predictors(saved(tmp_path, "a.csv", "\n".join(rows)), 6)
+    counted = read_predictors(saved(tmp_path, "b.csv", "\n".join(["0,1", *rows[:6]])), 6)
+    assert [p.name for p in counted] == ["0", "1", "b (all)"]
+    with pytest.raises(OptionError, match="7 labels, and 6 samples"):
+        read_labels(saved(tmp_path, "c.csv", "1\n2\n1\n2\n1\n2\n1"), 6)
+    with pytest.raises(OptionError, match="fits 6 stimuli neither"):
+        read_predictors(saved(tmp_path, "d.csv", "\n".join("aabbcca")), 6)
+
+
+def test_row_names_of_pandas_are_left_out_and_that_is_said(tmp_path):
+    square = squareform(pdist(layer(3, 1, 6)))
+    head = ",x,y\n" + "\n".join(f"{i},{i * i},{i / 7}" for i in range(6))
+    found = read_predictors(saved(tmp_path, "a.csv", head), 6)
+    assert [p.name for p in found] == ["x", "y", "a (all)"]
+    assert all("unnamed first column" in p.kind for p in found)
+    names = [f"s{i}" for i in range(6)]
+    lines = [",".join([n, *map(repr, map(float, row))]) for n, row in zip(names, square, strict=True)]
+    for text in ([",".join(["", *names]), *lines], [",".join(names), *(x.split(",", 1)[1] for x in lines)]):
+        (rdm,) = read_predictors(saved(tmp_path, "b.csv", "\n".join(text)), 6)
+        np.testing.assert_allclose(squareform(rdm.rdms[0]), square)
+
+
+def test_a_sparse_matrix_is_read_and_cells_of_numbers_are_refused(tmp_path):
+    square = squareform(pdist(layer(3, 1, 6)))
+    path = saved(tmp_path, "a.mat", {"R": scipy.sparse.csc_matrix(square)})
+    np.testing.assert_allclose(squareform(read_predictors(path, 6)[0].rdms[0]), square)
+    cells = np.empty(2, dtype=object)
+    cells[:] = [square, square]
+    with pytest.raises(OptionError, match="'c': a cell array"):
+        read_predictors(saved(tmp_path, "b.mat", {"c": cells}), 6)
+
+
+def test_as_many_condensed_rdms_as_stimuli_are_refused_and_square_ones_are_not(tmp_path):
+    rdms = np.stack([pdist(layer(3, s, 6)) for s in range(6)])
+    with pytest.raises(OptionError, match=r"6 RDMs, or a table of 15 features") as error:
+        read_predictors(saved(tmp_path, "a.npy", rdms), 6)
+    assert "(6, 6, 6)" in error.value.tip
+    square = np.stack([squareform(rdm) for rdm in rdms])
+    (found,) = read_predictors(saved(tmp_path, "b.npy", square), 6)
+    np.testing.assert_allclose(found.rdms, rdms)
+
+
 @pytest.mark.parametrize(
     ("name", "array", "says"),
     [
+        ("a.csv", 'hue\n1\n""\n3\n4\n5\n6', "column 'hue': row 3 is empty"),
+        ("a.csv", "hue\n1\n2\n3\nx\n5\n6", "column 'hue': row 5 is 'x', among numbers"),
+        ("a.csv", "kind\na\na\nb\n7\nb\nb", "column 'kind': row 5 is '7', among text"),
+        ("a.csv", "1;2\n3;4\n5;6\n7;8\n9;0\n1;1", "separated by semicolons"),
         ("a.npy", np.ones((6, 6)), "zeros on its diagonal"),
         ("a.npy", np.triu(np.ones((6, 6)), 1), "not symmetric"),
         ("a.npy", np.ones((7, 2)), r"shape \(7, 2\) fits 6 stimuli neither"),
@@ -416,7 +583,11 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
         ({"conditions": "targets"}, "saved activations come without"),
         ({"predictors": "pixels"}, "saved activations come without"),
         ({"predictors": " , "}, "names nothing"),
-        ({"memory": 1e-6}, "more than --memory"),
+        ({"memory": 1e-6}, "for 1 layers take"),
+        ({"classes": "lab"}, "classes has no effect without --predictors"),
+        ({"predictors": "targets", "level": 0.5}, "level has no effect with --predictors"),
+        ({"predictors": "targets", "bootstrap": 9}, "bootstrap has no effect"),
+        ({"predictors": "targets", "permutations": 9}, "permutations has no effect"),
         ({"seed": -1}, "seed -1"),
     ],
 )
@@ -446,6 +617,15 @@ def test_data_that_do_not_fit_the_options_are_refused(tmp_path):
             rsa(x, None, data, **options)
     with pytest.raises(OptionError, match="condition 1 has 1 samples"):
         rsa(x, x, conditions=few, dissimilarity="crossnobis")
+    pairs = saved(tmp_path, "pairs.npy", np.arange(N) // 2)
+    with pytest.raises(OptionError, match="every fold has one sample of each condition"):
+        rsa(x, x, conditions=pairs, dissimilarity="crossnobis")
+    assert np.isfinite(
+        rsa(x, x, conditions=pairs, dissimilarity="crossnobis", noise="identity")["similarity"]
+    )
+    table = saved(tmp_path, "wide.npy", layer(50))
+    with pytest.raises(OptionError, match="for 51 predictors take"):
+        rsa(x, predictors=table, memory=1e-4)
     with pytest.raises(OptionError, match="something to compare it with"):
         rsa(x)
     with pytest.raises(OptionError, match="fewer than 3"):
@@ -484,6 +664,81 @@ def test_the_ceiling_between_runs_is_that_of_their_rdms():
     assert found["network_ceiling_upper"][1] == pytest.approx(ceiling.upper.mean())
     assert (found["network_ceiling_lower_stderr"] > 0).all()
     assert found["ceiling_networks"] == 4
+
+
+def test_the_ceiling_between_runs_of_rho_a_knows_that_ties_are_below_one(monkeypatch):
+    tied = {i: {"one": np.round(network(i)["one"])[:, :1]} for i in range(4)}
+    monkeypatch.setitem(globals(), "network", lambda i: tied[i])
+    result = between_runs(compare="rho-a", dissimilarity="euclidean")
+    found = ceiling_between_runs(result)
+    s = similarities(*2 * [np.stack([pdist(tied[i]["one"]) for i in range(4)])], "rho-a")
+    assert np.diagonal(s).max() < 0.99
+    assert found["network_ceiling_upper"][0] == pytest.approx(ceiling_of_similarities(s).upper.mean())
+    assert found["network_ceiling_lower"][0] == pytest.approx(ceiling_of_similarities(s).lower.mean())
+    assert (found["network_ceiling_lower_stderr"] > 0).all()
+
+
+def several_runs(tmp_path, columns=2):
+    """Two runs of different architectures against many predictors, a stack the last of them."""
+    stacked = np.stack([pdist(layer(3, s)) for s in range(3)])
+    files = [saved(tmp_path, "f.npy", layer(columns, 9)), saved(tmp_path, "human.npy", stacked)]
+    nets = {"narrow": {f"n{i}": layer(4, i) for i in range(10)}, "wide": {"w0": layer(5), "w1": layer(6)}}
+    pieces = [
+        piece_of(rsa(net, predictors=",".join(files), save_rdms=True), PREDICTOR_RETURNS, run=run, step=step)
+        for run, net in nets.items()
+        for step in (0, 10)
+    ]
+    return stack("rsa", "checkpoint", pieces, {})
+
+
+def texts_of(figure):
+    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+def drawn(result, style):
+    figure = Figure(layout="constrained")
+    draw_rsa(result, figure, style)
+    figure.canvas.draw()
+    return figure
+
+
+def test_the_rdms_of_every_run_are_drawn_under_its_name_with_its_own_layers_evenly_spread(tmp_path):
+    figure = drawn(several_runs(tmp_path), "rdms")
+    texts = texts_of(figure)
+    assert {"narrow\nstep 10", "wide\nstep 10"} <= set(texts)
+    titles = [a.get_title() for a in figure.axes]
+    assert titles[:10] == ["n0", "n1", "n3", "n4", "n5", "n6", "n8", "n9", "w0", "w1"]
+    assert "8 of 10 layers shown" in texts
+
+
+def test_each_run_has_its_own_layers_along_the_axis_of_depth(tmp_path):
+    figure = drawn(several_runs(tmp_path), "depth")
+    names = [[t.get_text() for t in a.get_xticklabels()] for a in figure.axes]
+    assert names == [[f"n{i}" for i in range(10)], ["w0", "w1"]]
+
+
+def test_stacks_and_whole_tables_are_drawn_first_and_what_is_left_out_is_said(tmp_path):
+    result = several_runs(tmp_path, columns=9)
+    for style in ("steps", "depth"):
+        texts = texts_of(drawn(result, style))
+        assert "6 of 11 predictors shown" in texts
+        assert any("f (all)" in text for text in texts)
+        assert any("human" in text for text in texts)
+        assert "noise ceiling" in texts
+
+
+def test_saved_activations_have_no_step_in_their_title(tmp_path):
+    found = rsa(network(0), network(1), save_rdms=True)
+    labels = {"run_a": "a.npy", "step_a": np.nan, "run_b": "b.npy", "step_b": np.nan}
+    result = stack("rsa", "pair", [piece_of(found, declaration_of(rsa).returns, **labels)], {})
+    texts = texts_of(drawn(result, "rdms"))
+    assert {"a.npy", "b.npy"} <= set(texts)
+    assert not any("step" in text for text in texts)
+
+
+def test_options_that_decide_no_number_are_marked_so():
+    settings = {option.name for option in declaration_of(rsa).options if option.is_setting}
+    assert settings == {"memory", "permutations", "bootstrap", "level"}
 
 
 def test_every_style_draws_and_others_are_refused(tmp_path):

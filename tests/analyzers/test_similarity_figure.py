@@ -14,7 +14,9 @@ from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._pair_table import PairTable, against_last, families
 from dynprobe.analyzers._similarity import SUMMARY_RETURNS, summary
 from dynprobe.analyzers._similarity_figure import similarity_figure
+from dynprobe.analyzers._similarity_names import tell_apart
 from dynprobe.analyzers.core.result import Array, Result
+from dynprobe.cli.figure_panels import small_print
 
 Pair = dict[str, Any]
 
@@ -50,7 +52,7 @@ def result_of(
     if common:
         arrays["layer"] = Array(("layer",), strings(common))
         arrays["block_effect"] = Array(("pair", "layer", "block"), 0.01 * effect)
-    for name in ("run_a", "step_a", "run_b", "step_b", "group_a", "group_b"):
+    for name in ("run_a", "step_a", "path_a", "run_b", "step_b", "path_b", "group_a", "group_b"):
         if name in pairs[0]:
             column = [p[name] for p in pairs]
             arrays[name] = Array(
@@ -88,8 +90,10 @@ def final_pairs(run: str = "r", steps: tuple[int, ...] = (0, 1, 10, 100)) -> lis
     return [pair(run, s, run, 1000) for s in steps]
 
 
-def group_pairs(steps: tuple[int, ...] = (5,)) -> list[Pair]:
-    nets = [(f"{g}{i}", g) for g in ("true", "shuffled") for i in range(3)]
+def group_pairs(
+    steps: tuple[int, ...] = (5,), groups: tuple[str, ...] = ("true", "shuffled"), size: int = 3
+) -> list[Pair]:
+    nets = [(f"{g}{i}", g) for g in groups for i in range(size)]
     return [
         pair(a, s, b, s, group_a=ga, group_b=gb) for s in steps for (a, ga), (b, gb) in combinations(nets, 2)
     ]
@@ -155,6 +159,43 @@ def test_map_has_a_filled_dot_where_the_most_similar_layer_has_the_same_name_and
     assert [dot.get_markerfacecolor() == "none" for dot in dots] == [False, True]
 
 
+def test_map_marks_the_layer_of_the_same_name_where_another_is_as_similar_up_to_rounding() -> None:
+    result = result_of([pair("a", 0, "a", 0)], 2)
+    result["cka"][0] = [[1.0, 1.0 + 1e-7], [1.0 + 1e-7, 1.0]]
+    dots = drawn(result).axes[0].get_lines()
+    assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(0, 0), (1, 1)]
+    assert all(dot.get_markerfacecolor() != "none" for dot in dots)
+
+
+def renamed(result: Result, names: list[str]) -> Result:
+    arrays = dict(result.arrays)
+    for dim in ("layer_a", "layer_b", "layer"):
+        arrays[dim] = Array((dim,), np.array(names, dtype=object))
+    return Result(result.analyzer, result.grain, arrays, result.attributes)
+
+
+def test_layers_of_a_transformer_are_told_apart_on_axes_and_in_the_legend() -> None:
+    kinds = ("attention.self.query", "attention.output.dense", "mlp.output.dense")
+    names = [f"encoder.block.{i}.{kind}" for i in (0, 1, 11) for kind in kinds]
+    panel = drawn(renamed(result_of([pair("a", 0, "b", 0)], 9), names)).axes[0]
+    labels = [t.get_text() for t in panel.get_yticklabels()]
+    assert len(set(labels)) == 9
+    assert max(map(len, labels)) <= 18
+    assert labels[0] == "0.a.self.query"
+    legend = drawn(renamed(result_of(final_pairs(), 9), names)).legends[0]
+    assert len({t.get_text() for t in legend.get_texts()[:9]}) == 9
+
+
+def test_short_names_keep_numbers_and_are_longer_only_where_they_would_be_equal() -> None:
+    assert tell_apart(["layer1.conv", "fc"]) == ["layer1.conv", "fc"]
+    assert tell_apart(["true_0.safetensors", "shuffled_12.safetensors"]) == ["true_0", "shuffled_12"]
+    long = ["m.attention.projection.weight_matrix", "m.adapter.projection.weight_matrix"]
+    assert tell_apart(long) == ["attention", "adapter"]
+    alike = [f"{'a' * 20}{middle}{'b' * 20}" for middle in "xy"]
+    assert len(set(tell_apart(alike))) == 2
+    assert tell_apart(["block.10." + "w" * 30]) == ["b.10.www…" + "w" * 9]
+
+
 def test_scale_is_zero_to_one_and_symmetric_where_values_are_negative() -> None:
     plain = drawn(result_of([pair("a", 0, "b", 0)])).axes[0].get_images()[0]
     signed = drawn(result_of([pair("a", 0, "b", 0)], low=-0.8)).axes[0].get_images()[0]
@@ -211,6 +252,19 @@ def test_all_pairs_of_many_checkpoints_are_a_matrix_with_grey_where_nothing_was_
     assert "not measured" in texts(figure)
 
 
+def test_networks_side_by_side_in_one_folder_are_a_matrix_of_files() -> None:
+    files = [f"flat/{kind}_{i}.safetensors" for kind in ("true", "shuffled") for i in range(4)]
+    steps = {file: float(file[-13]) for file in files}
+    rows = [pair("flat", steps[a], "flat", steps[b], path_a=a, path_b=b) for a, b in combinations(files, 2)]
+    figure = drawn(summarised(result_of(rows)))
+    matrix = figure.axes[0].get_images()[0].get_array()
+    assert matrix.shape == (8, 8)
+    assert (~np.ma.getmaskarray(matrix)).sum() == 2 * 28
+    assert figure.axes[0].get_xlabel() == "file"
+    labels = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    assert labels == [f"{kind}_{i}" for kind in ("shuffled", "true") for i in range(4)]
+
+
 def test_many_runs_at_the_same_steps_are_a_matrix_of_runs_at_the_last_step() -> None:
     rows = [pair(a, s, b, s) for s in (1, 2, 3) for a, b in combinations("abcdef", 2)]
     figure = drawn(result_of(rows))
@@ -229,6 +283,58 @@ def test_groups_are_curves_over_depth_and_beside_them_over_steps() -> None:
     assert several.axes[1].get_title(loc="left") == "layer2"
     for name in ("within true", "within shuffled", "between true | shuffled"):
         assert name in texts(one)
+
+
+def curves(panel: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for line in panel.get_lines():
+        found.setdefault(line.get_label(), []).append(line)
+    return found
+
+
+def test_curves_between_three_groups_have_colours_of_their_own_and_bands_are_explained() -> None:
+    figure = drawn(summarised(result_of(group_pairs(groups=("a", "b", "c")))))
+    lines = curves(figure.axes[0])
+    assert len(lines) == 6
+    assert len({line.get_color() for (line,) in lines.values()}) == 6
+    assert all((line.get_linestyle() == "--") == ("between" in name) for name, (line,) in lines.items())
+    assert "95 % over networks\nand samples" in texts(figure)
+
+
+def test_different_networks_at_two_steps_are_not_joined_by_a_line() -> None:
+    rows = [*group_pairs((1, 2), size=4), *group_pairs((3,), size=3)]
+    figure = drawn(summarised(result_of(rows)))
+    within = curves(figure.axes[1])["within true"]
+    assert [line.get_xdata().tolist() for line in within] == [[1, 2], [3]]
+
+
+def test_groups_are_shown_by_depth_at_the_last_step_that_has_them() -> None:
+    rows = [*group_pairs((1, 2)), *group_pairs((3,), groups=("true",))]
+    figure = drawn(summarised(result_of(rows)))
+    assert figure.axes[0].get_title(loc="left") == "step 2"
+    assert "within shuffled" in texts(figure)
+
+
+def test_few_steps_are_the_ticks_unless_their_labels_would_touch() -> None:
+    figure = drawn(result_of(final_pairs(steps=(0, 200, 3000))))
+    assert figure.axes[0].get_xticks().tolist() == [0, 200, 3000]
+    figure = drawn(result_of(final_pairs(steps=(0, 1, 100, 900))))
+    assert figure.axes[0].get_xticks().tolist() == [0, 1, 100, 900]
+    figure = drawn(result_of(final_pairs(steps=(0, 100, 101))))
+    assert figure.axes[0].get_xticks().tolist() == [0, 101]
+
+
+def test_legend_of_curves_leaves_no_empty_strip_beside_it() -> None:
+    figure = drawn(result_of(final_pairs()))
+    legend = figure.legends[0].get_window_extent()
+    panel = figure.axes[0].get_window_extent()
+    assert legend.x1 > 0.97 * figure.bbox.width
+    assert 0 < legend.x0 - panel.x1 < 0.05 * figure.bbox.width
+
+
+def test_footer_of_pairs_gives_the_steps_of_both_networks() -> None:
+    result = result_of([pair("r", s, "r", 1000) for s in (0, 10)])
+    assert "steps 0 to 1000" in small_print(result, None, [])
 
 
 def test_heatmap_style_shows_six_pairs_and_says_that_there_are_more() -> None:

@@ -12,7 +12,8 @@ import pytest
 import scipy.stats
 
 from dynprobe.analyzers._convergence import NEVER, kendall_tau, reaching, tau_p_value
-from dynprobe.analyzers._networks import Networks, drawn_means, group_means, relabelling_test
+from dynprobe.analyzers._networks import Networks, drawn_means, group_means
+from dynprobe.analyzers._relabelling import relabelling_test
 from dynprobe.analyzers._similarity import (
     SUMMARY_RETURNS,
     common_layers,
@@ -25,7 +26,7 @@ from dynprobe.analyzers._similarity import (
 from dynprobe.analyzers.core.contract import RESERVED
 from dynprobe.analyzers.core.result import Array, Result
 
-LAYERS = ("conv1", "conv2", "conv3", "fc")
+LAYERS = ("conv1", "conv2", "conv3", "fc", "head", "out")
 
 
 # ---- builders
@@ -46,7 +47,7 @@ def result_of(
         "cka": Array(("pair", "layer_a", "layer_b"), value),
         "status": Array(("pair",), np.array([p.get("status", "ok") for p in pairs], dtype=object)),
     }
-    for name in ("run_a", "step_a", "run_b", "step_b", "group_a", "group_b"):
+    for name in ("run_a", "step_a", "path_a", "run_b", "step_b", "path_b", "group_a", "group_b"):
         if name in pairs[0]:
             column = np.array([p[name] for p in pairs])
             arrays[name] = Array(("pair",), column.astype(object) if column.dtype.kind == "U" else column)
@@ -140,6 +141,15 @@ def test_same_layer_leaves_out_constant_layers_and_is_nan_where_none_is_left() -
     assert math.isnan(same_layer(value, np.zeros((2, 2, 4)), ["a", "b"], ["c", "d"])[0])
 
 
+def test_same_layer_counts_a_layer_that_shares_the_first_place_up_to_rounding() -> None:
+    """Dropout in evaluation hands on its input: a network against itself matches everywhere."""
+    value = np.array([[1.0, 1.0 + 1e-7, 0.3], [1.0 + 1e-7, 1.0, 0.3], [0.3, 0.3, 1.0]])
+    names = ["fc", "dropout", "out"]
+    assert same_layer(value, np.zeros((3, 3, 4)), names, names) == (1, 0)
+    value[0, 1] = 1 + 1e-4
+    assert same_layer(value, np.zeros((3, 3, 4)), names, names)[0] == pytest.approx(2 / 3)
+
+
 def test_same_layer_has_an_error_only_where_stimuli_could_change_the_match() -> None:
     clear, close = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[0.90, 0.89], [0.89, 0.90]])
     effect = centred_effects((2, 2, 8), 0.05)
@@ -174,6 +184,15 @@ def test_layer_below_the_level_before_the_last_checkpoint_never_reached_it_and_a
     assert found[2] == 0  # as it is at the end from the start
 
 
+def test_curve_that_is_not_defined_at_the_first_steps_begins_where_it_is() -> None:
+    steps = np.array([0.0, 9.0, 99.0, 999.0])
+    late = np.array([[np.nan, np.nan], [0.0, 0.95], [0.8, 0.95], [1.0, 1.0]])
+    np.testing.assert_allclose(reaching(late, steps, 0.9), [10**2.5 - 1, 9.0])
+    assert np.isnan(reaching(np.full((4, 1), np.nan), steps, 0.9)).all()
+    late[3] = np.nan
+    assert np.isnan(reaching(late, steps, 0.9)).all()
+
+
 def test_kendall_tau_agrees_with_scipy_with_ties_and_never() -> None:
     generator = np.random.default_rng(1)
     steps = np.where(generator.random((20, 7)) < 0.2, NEVER, generator.integers(0, 5, (20, 7)).astype(float))
@@ -189,28 +208,81 @@ def test_p_value_of_tau_is_exact_for_few_layers_and_agrees_with_random_orders_fo
     assert math.isnan(tau_p_value(np.zeros(5), 10, 0))
 
 
-def bottom_up(noise: float) -> Result:
+def bottom_up(noise: float, when: tuple[float, ...] = (20.0, 60.0, 150.0, 500.0), **options: Any) -> Result:
+    """Layers whose similarity to the end is 1/2 at the steps `when`."""
     steps = [0, 10, 30, 100, 300, 700]
-    when = np.array([20.0, 60.0, 150.0, 500.0])
-    same = 1 / (1 + (when[None] / (1e-9 + np.array(steps)[:, None])) ** 3)
-    return result_of(curve_pairs(steps), same, centred_effects((6, 4, 16), noise))
+    same = 1 / (1 + (np.array(when)[None] / (1e-9 + np.array(steps)[:, None])) ** 3)
+    return result_of(curve_pairs(steps), same, centred_effects((*same.shape, 16), noise), **options)
+
+
+FIVE = (10.0, 20.0, 60.0, 150.0, 500.0)
 
 
 def test_run_whose_layers_converge_one_after_the_other_is_called_bottom_up_with_its_error() -> None:
-    found = summary("cka")(bottom_up(0.003))
+    found = summary("cka")(bottom_up(0.003, FIVE))
     assert found["curve_run"].tolist() == ["r"]
     assert found["depth_tau"][0] == 1
     assert found["depth_tau_stderr"][0] < 0.05
-    assert found["depth_tau_p"][0] == pytest.approx(2 / 24)
+    assert found["depth_tau_p"][0] == pytest.approx(2 / 120)
     assert (found["converged"][0, :3] == 1).all()
     assert (np.diff(found["converged_step"][0, :3]) > 0).all()
     assert (found["converged_step_low"][0, :3] <= found["converged_step"][0, :3]).all()
     assert (found["converged_step_stderr"][0, :3] > 0).all()
     assert found["finding"][0].startswith("bottom-up: conv1")
     assert "Kendall's tau with depth 1.00" in found["finding"][0]
-    assert "the smallest that 4 layers allow is 0.083" in found["finding"][0]
     expected = r"conv1 reaches a similarity of 0.9 to the last checkpoint at step \d+\.?\d* ± \d"
     assert re.search(expected, found["finding"][0])
+
+
+def test_order_in_depth_is_not_claimed_where_layers_are_too_few_or_chance_would_do_it() -> None:
+    few = summary("cka")(bottom_up(0.003, (20.0, 60.0, 150.0)))["finding"][0]
+    assert few.startswith("too few layers to tell an order in depth from chance: conv1 reaches")
+    assert "p = 0.33; the smallest that 3 layers allow is 0.33" in few
+    four = summary("cka")(bottom_up(0.003))["finding"][0]
+    assert four.startswith("too few layers to tell")
+    mixed = summary("cka")(bottom_up(0.003, (60.0, 20.0, 150.0, 10.0, 100.0)))["finding"][0]
+    assert mixed.startswith("no order in depth beyond chance: ")
+
+
+def test_level_that_is_there_from_the_start_is_said_without_a_step() -> None:
+    found = summary("cka")(bottom_up(0.003, (1e-12, *FIVE[1:])))
+    start = (
+        "bottom-up: conv1 has a similarity of 0.9 or more to the last checkpoint from the first checkpoint on"
+    )
+    assert found["finding"][0].startswith(f"{start}, head never")
+
+
+def test_layer_that_is_constant_at_first_keeps_its_row_and_is_named() -> None:
+    result = bottom_up(0.003, FIVE)
+    result["cka"][0, 1], result["cka"][1:3, 2, 2] = np.nan, np.nan
+    result["block_effect"][0, 1], result["block_effect"][1:3, 2] = np.nan, np.nan
+    found, whole = summary("cka")(result), summary("cka")(bottom_up(0.003, FIVE))
+    for name in ("converged_step", "converged_step_stderr", "converged"):
+        assert found[name][0, 1] == whole[name][0, 1]
+    assert np.isnan(found["converged_step"][0, 2])
+    assert (
+        "; conv2 not defined before step 10; left out, because not defined at later steps: conv3"
+        in (found["finding"][0])
+    )
+
+
+def test_several_networks_side_by_side_in_a_folder_do_not_converge() -> None:
+    pairs = [
+        {"run_a": "r", "step_a": s, "path_a": f"{f}_{s}", "run_b": "r", "step_b": 3, "path_b": "true_3"}
+        for s in (0, 1, 2)
+        for f in ("true", "shuffled")
+    ]
+    same = np.linspace(0.1, 0.9, 6)[:, None] * np.ones((1, 2))
+    assert "converged_step" not in summary("cka")(result_of(pairs, same))
+    assert "converged_step" in summary("cka")(result_of(pairs[::2], same[::2]))
+
+
+def test_one_draw_gives_no_error_and_no_warning() -> None:
+    found = summary("cka")(bottom_up(0.003, bootstrap=1))
+    assert np.isnan(found["depth_tau_stderr"]).all()
+    assert np.isnan(found["converged_step_stderr"]).all()
+    grouped = group_result({"a": 3, "b": 3}, lambda a, b, ga, gb: [hash_of(a, b)], bootstrap=1)
+    assert np.isnan(summary("cka")(grouped)["group_similarity_stderr"]).all()
 
 
 def test_layer_that_never_reaches_the_level_is_nan_and_flagged() -> None:
@@ -264,25 +336,42 @@ def test_group_means_and_contrasts_are_those_of_the_pairs_without_self_pairs() -
     assert test.n_splits == 10
 
 
-def test_p_values_by_enumeration_equal_brute_force_over_all_labelings() -> None:
-    value = np.random.default_rng(3).normal(size=(15, 1))
-    matrix = np.zeros((6, 6))
-    matrix[np.triu_indices(6, 1)] = value[:, 0]
+def brute_force_p(value: np.ndarray, size: int) -> tuple[float, float]:
+    """p-values of difference and cohesion of one layer, group a first, written out from their definitions."""
+    n = int((1 + math.sqrt(1 + 8 * len(value))) / 2)
+    matrix = np.zeros((n, n))
+    matrix[np.triu_indices(n, 1)] = value
     matrix += matrix.T
 
-    def statistics(a: tuple[int, ...]) -> tuple[float, float]:
-        b = [i for i in range(6) if i not in a]
-        within = [np.mean([matrix[i, j] for i, j in combinations(g, 2)]) for g in (a, b)]
-        between = matrix[np.ix_(a, b)].mean()
-        return abs(within[0] - within[1]), sum(within) / 2 - between
+    def within(group: tuple[int, ...]) -> float:
+        return float(np.mean([matrix[i, j] for i, j in combinations(group, 2)]))
 
-    all_labelings = [statistics(a) for a in combinations(range(6), 3)]
-    own = statistics((0, 1, 2))
-    test = relabelling_test(networks_of(value, (3, 3)), 0, 1, 1000, 0)
-    assert test.n_splits == 10
-    assert test.smallest_p == 0.1
-    assert test.difference_p[0] == pytest.approx(np.mean([s[0] >= own[0] - 1e-12 for s in all_labelings]))
-    assert test.cohesion_p[0] == pytest.approx(np.mean([s[1] >= own[1] - 1e-12 for s in all_labelings]))
+    groups = [tuple(range(size)), tuple(range(size, n))]
+    share = np.zeros(n)
+    for group in groups:
+        for i in group:
+            rest = tuple(k for k in group if k != i)
+            share[i] = len(group) * within(group) - (len(group) - 1) * within(rest)
+
+    def statistics(a: tuple[int, ...]) -> tuple[float, float]:
+        b = tuple(i for i in range(n) if i not in a)
+        welch = scipy.stats.ttest_ind(share[list(a)], share[list(b)], equal_var=False).statistic
+        return abs(welch), (within(a) + within(b)) / 2 - matrix[np.ix_(a, b)].mean()
+
+    everything = np.array([statistics(a) for a in combinations(range(n), size)])
+    return tuple((everything >= np.array(statistics(groups[0])) - 1e-7).mean(0).tolist())
+
+
+@pytest.mark.parametrize(("size", "other", "splits"), [(3, 3, 10), (4, 3, 35), (3, 5, 56)])
+def test_p_values_by_enumeration_equal_brute_force_over_all_labelings(
+    size: int, other: int, splits: int
+) -> None:
+    n = size + other
+    value = np.random.default_rng(3).normal(size=n * (n - 1) // 2)
+    test = relabelling_test(networks_of(value[:, None], (size, other)), 0, 1, 1000, 0)
+    assert test.n_splits == splits
+    assert test.smallest_p == 1 / splits
+    assert (test.difference_p[0], test.cohesion_p[0]) == pytest.approx(brute_force_p(value, size))
 
 
 def test_random_relabelings_agree_with_all_of_them_and_never_give_zero() -> None:
@@ -316,6 +405,55 @@ def test_relabelling_networks_keeps_the_error_rate_that_a_t_test_on_pairs_does_n
     assert 0.03 <= (test.difference_p <= 0.05).mean() <= 0.08
     assert 0.02 <= (test.cohesion_p <= 0.05).mean() <= 0.08
     assert (t_test <= 0.05).mean() > 0.25
+
+
+def simulated(sizes: tuple[int, int], network: float, pair: float, within: tuple[float, float]) -> Networks:
+    """300 series, each a layer of its own; 0.02 between the groups."""
+    generator = np.random.default_rng(11)
+    n = sum(sizes)
+    first, second = np.triu_indices(n, 1)
+    effect = network * generator.normal(size=(n, 300))
+    group = np.repeat([0, 1], sizes)
+    mean = np.where(group[first] != group[second], 0.02, np.array(within)[group[first]])
+    noise = pair * generator.normal(size=(len(first), 300))
+    return networks_of(mean[:, None] + effect[first] + effect[second] + noise, sizes)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (8, 4), (10, 5)])
+def test_difference_of_groups_of_unequal_sizes_that_are_far_apart_is_found(sizes: tuple[int, int]) -> None:
+    test = relabelling_test(simulated(sizes, 0.02, 0.0, (0.88, 0.30)), 0, 1, 1000, 0)
+    assert (test.difference_p <= 0.05).all()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 5), (8, 4), (5, 3)])
+@pytest.mark.parametrize(("network", "pair", "least"), [(1.0, 0.0, 0.01), (0.5, 0.5, 0.0), (0.0, 1.0, 0.0)])
+def test_groups_that_are_apart_and_equally_close_differ_no_more_often_than_the_level(
+    sizes: tuple[int, int], network: float, pair: float, least: float
+) -> None:
+    test = relabelling_test(simulated(sizes, network, pair, (50.0, 50.0)), 0, 1, 1000, 0)
+    assert least <= (test.difference_p <= 0.05).mean() <= 0.08
+
+
+def test_difference_needs_three_networks_in_each_group_and_cohesion_does_not() -> None:
+    value = np.random.default_rng(4).normal(size=(10, 2))
+    test = relabelling_test(networks_of(value, (3, 2)), 0, 1, 1000, 0)
+    assert np.isnan(test.difference_p).all()
+    assert np.isnan(test.difference_p_layers).all()
+    assert np.isfinite(test.difference).all()
+    assert np.isfinite(test.cohesion_p_layers).all()
+
+
+def test_network_whose_layer_is_constant_is_left_out_of_the_difference_of_that_layer_alone() -> None:
+    value = np.random.default_rng(6).normal(size=(28, 2))
+    first, second = np.triu_indices(8, 1)
+    there = (first != 7) & (second != 7)
+    value[~there, 0] = np.nan
+    test = relabelling_test(networks_of(value, (4, 4)), 0, 1, 1000, 0)
+    whole = relabelling_test(networks_of(value[:, 1:], (4, 4)), 0, 1, 1000, 0)
+    without = relabelling_test(networks_of(value[there, :1], (4, 3)), 0, 1, 1000, 0)
+    assert test.difference_p[1] == whole.difference_p[0]
+    assert test.difference[0] == pytest.approx(without.difference[0])
+    assert np.isfinite(test.difference_p[0])
 
 
 @pytest.mark.parametrize(("size", "tolerance"), [(3, 0.15), (5, 0.12), (8, 0.12)])
@@ -355,7 +493,7 @@ def test_generalising_runs_that_are_mutually_closer_are_found_with_p_from_all_re
     assert found["n_splits"].tolist() == [[126, 126]]
     assert 0 < found["contrast_stderr"][0, 1, 0] < 0.02
     text = "\n".join(found["finding"])
-    assert "true runs are mutually closer than shuffled ones, most at conv2" in text
+    assert "true runs are mutually closer than shuffled ones in 1 of 2 layers, most clearly at conv2" in text
     assert "126 relabelings of networks, smallest possible p 0.0079" in text
     assert "no t-test on pairs" in text
 
@@ -371,6 +509,90 @@ def test_group_of_one_network_has_no_within_mean_and_the_finding_says_so() -> No
 def test_too_few_networks_for_a_small_p_value_is_said() -> None:
     found = summary("cka")(group_result({"true": 3, "shuffled": 3}, lambda a, b, ga, gb: [hash_of(a, b)]))
     assert "too few networks for any difference to have p below 0.05" in "\n".join(found["finding"])
+
+
+def test_finding_names_the_layer_of_the_smallest_p_value_and_not_that_of_the_largest_difference() -> None:
+    """The last layer differs most and varies most."""
+
+    def value(a: str, b: str, ga: str, gb: str) -> list[float]:
+        late = {("true", "true"): 0.93, ("shuffled", "shuffled"): 0.80}.get((ga, gb), 0.5)
+        opposite = {("true", "true"): 0.80, ("shuffled", "shuffled"): 0.90}.get((ga, gb), 0.5)
+        wiggle = 0.001 * hash_of(a, b)
+        wide = 0.2 * sum(hash_of(x, x) * (2 if x[0] == "t" else 4) for x in (a, b))
+        return [late + wiggle, 0.9 + wiggle, opposite + wiggle, wide]
+
+    found = summary("cka")(group_result({"true": 5, "shuffled": 5}, value))
+    assert np.abs(found["contrast_value"][0, :, 0]).argmax() == 3
+    assert found["contrast_p_layers"][0, 3, 0] > 0.05
+    text = next(x for x in found["finding"] if "mutually" in x)
+    expected = (
+        "true runs are mutually closer than shuffled ones in 1 of 4 layers (in 1 the other way round), "
+    )
+    assert text.startswith(f"{expected}most clearly at conv1, step 9: ")
+
+
+def test_too_few_relabelings_looked_at_name_the_option_and_not_the_networks() -> None:
+    result = group_result({"a": 5, "b": 5}, lambda a, b, ga, gb: [hash_of(a, b)], permutations=1)
+    text = "\n".join(summary("cka")(result)["finding"])
+    assert "too few relabelings looked at (--permutations) for any difference to have p below 0.05" in text
+    assert "too few networks" not in text
+
+
+def joined(*results: Result) -> Result:
+    arrays = {
+        name: Array(array.dims, np.concatenate([r[name] for r in results]))
+        if array.dims[0] == "pair"
+        else array
+        for name, array in results[0].arrays.items()
+    }
+    return Result("cka", "pair", arrays, results[0].attributes)
+
+
+def test_runs_that_end_at_different_steps_are_described_where_all_are_and_named() -> None:
+    def value(a: str, b: str, ga: str, gb: str) -> list[float]:
+        return [hash_of(a, b)]
+
+    result = joined(
+        group_result({"a": 4, "b": 4}, value, 100),
+        group_result({"a": 3, "b": 4}, value, 200),
+        group_result({"a": 3}, value, 300),
+    )
+    found = summary("cka")(result)
+    assert found["group_step"].tolist() == [100, 200, 300]
+    assert np.isnan(found["group_similarity"][2, 0, 1:]).all()
+    assert np.isfinite(found["group_similarity"][2, 0, 0])
+    assert np.isnan(found["contrast_p"][2]).all()
+    text = "\n".join(found["finding"])
+    missing = "compared with no other network: at step 200, 300 a3; at step 300 b0, b1, b2, b3"
+    assert f"{missing}; groups are described at step 200" in text
+    assert "step 200: " in text
+
+
+@pytest.mark.parametrize("last", ["a", "b", "c"])
+def test_step_that_one_group_alone_has_reached_has_its_mean_and_no_test(last: str) -> None:
+    def value(a: str, b: str, ga: str, gb: str) -> list[float]:
+        return [hash_of(a, b)]
+
+    found = summary("cka")(
+        joined(group_result({"a": 3, "b": 3, "c": 3}, value, 100), group_result({last: 3}, value, 200))
+    )
+    known = np.isfinite(found["group_similarity"][1, 0])
+    assert known.tolist() == [name == last for name in found["group_pair"]]
+    assert np.isnan(found["contrast_p"][1]).all()
+    assert np.isfinite(found["contrast_p"][0]).all()
+
+
+def test_network_of_which_every_pair_failed_is_named() -> None:
+    result = group_result({"a": 4, "b": 3}, lambda a, b, ga, gb: [hash_of(a, b)])
+    result["status"][(result["run_a"] == "a0") | (result["run_b"] == "a0")] = "failed"
+    assert "compared with no other network: at any step a0" in summary("cka")(result)["finding"]
+
+
+def test_groups_stand_in_the_order_in_which_they_were_given() -> None:
+    result = group_result({"b": 3, "a": 3}, lambda a, b, ga, gb: [hash_of(a, b)])
+    assert summary("cka")(result)["group_pair"].tolist() == ["b", "a", "b | a"]
+    given = Result("cka", "pair", result.arrays, {"groups": ["a", "b"]})
+    assert summary("cka")(given)["group_pair"].tolist() == ["a", "b", "a | b"]
 
 
 def hash_of(a: str, b: str) -> float:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dynprobe.cli.request import Request
 from dynprobe.cli.work import make_plan
 from dynprobe.io.errors import InputError
+from dynprobe.io.kept_activations import KeptActivations
 
 SAMPLES = Path(__file__).resolve().parents[2] / "sample_checkpoints"
 ONE, OTHER, THIRD = (str(SAMPLES / n) for n in ("bn_cnn_seed0", "bn_cnn_seed1", "bn_cnn_shuffled"))
@@ -142,7 +144,7 @@ def test_a_run_is_compared_with_saved_activations_at_every_step(saved):
 
 
 def test_options_about_networks_mean_nothing_to_saved_activations(saved):
-    with pytest.raises(InputError, match="--samples says how a network is run"):
+    with pytest.raises(InputError, match="--samples says how networks are found and run"):
         plan(*saved, samples=10)
 
 
@@ -160,3 +162,79 @@ def test_runs_without_a_common_step_are_told_what_to_do():
     with pytest.raises(InputError) as error:
         plan(ONE, SAMPLES / "memorisation" / "true_0", steps="3::1")
     assert "--steps last" in error.value.tip
+
+
+def test_the_final_checkpoint_is_that_of_the_run_whatever_steps_were_chosen():
+    assert steps(plan(ONE, steps="0,10", against="final")) == [(0, 3000), (10, 3000)]
+    assert steps(plan(ONE, steps="10,20", against="first")) == [(10, 0), (20, 0)]
+
+
+def test_groups_of_runs_and_one_checkpoint_to_compare_with_do_not_go_together():
+    with pytest.raises(InputError, match="--group compares runs with each other"):
+        plan(ONE, OTHER, steps="last", group=["labels"], against="final")
+
+
+def test_the_first_that_was_typed_is_the_first_of_the_pair(saved):
+    for typed in ([saved[0], ONE], [ONE, saved[0]]):
+        index = plan(*typed, steps="last").units[0].index
+        assert [index["path_a"].startswith(str(typed[0])), index["path_b"].startswith(str(typed[1]))] == [
+            1,
+            1,
+        ]
+
+
+def test_saved_activations_beside_two_runs_leave_the_runs_compared_step_by_step(saved):
+    units = plan(ONE, OTHER, saved[0], steps="0,10,100").units
+    assert len(units) == 3 + 3 + 3
+
+
+def test_a_reference_is_transposed_like_the_rest(saved):
+    *others, reference = saved
+    units = plan(*others, against=str(reference), transpose=True).units
+    assert all(u.workspaces[1].checkpoint.transpose for u in units)
+
+
+def test_files_that_differ_in_their_step_alone_are_one_run(saved):
+    folder = saved[0].parent
+    for step in (0, 20, 100):
+        np.save(folder / f"acts_step_{step}.npy", np.ones((30, 4), np.float32))
+    assert steps(plan(folder / "acts_step_*.npy", against="final")) == [(0, 100), (20, 100)]
+
+
+def test_arrays_in_a_folder_of_checkpoints_do_not_hide_these(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in Path(ONE).glob("step_00000?.safetensors"):
+        (run / file.name).symlink_to(file)
+    (run / "dynprobe.toml").write_text(
+        (Path(ONE) / "dynprobe.toml").read_text().replace("../", f"{SAMPLES}/")
+    )
+    np.save(run / "losses.npy", np.ones((100, 3)))
+    assert steps(plan(run)) == [(0, 1), (1, 2), (2, 5)]
+
+
+def test_what_was_kept_of_two_runs_of_one_name_stays_two_runs(tmp_path):
+    layers = {"fc": (torch.ones(30, 4), None, "")}
+    for place, step in (("one", 0), ("one", 100), ("other", 100), ("other", 200)):
+        kept = KeptActivations(tmp_path / place)
+        kept.put(f"{place} {step}", layers, {"run": "seed0", "step": step, "input_hash": "x"})
+    units = plan(tmp_path / "one", tmp_path / "other").units
+    assert [(u.index["run_a"], u.index["run_b"], u.index["step_a"]) for u in units] == [
+        ("one/seed0", "other/seed0", 100)
+    ]
+
+
+def test_one_step_that_was_kept_twice_is_refused(tmp_path):
+    kept = KeptActivations(tmp_path / "kept")
+    for key in "ab":
+        layers = {"fc": (torch.ones(30, 4), None, key)}
+        kept.put(key, layers, {"run": "seed0", "step": 5, "input_hash": "x"})
+    with pytest.raises(InputError, match="one step is there twice"):
+        plan(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("given", [{"pairs": "all"}, {"against": "final"}, {"group": ["labels"]}], ids=str)
+def test_options_about_pairs_are_refused_where_single_checkpoints_are_measured(given):
+    options = {"predictors": "targets"}
+    with pytest.raises(InputError, match="measures each checkpoint by itself"):
+        plan(ONE, analyzer="rsa", options=options, **given)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from dynprobe.io.checkpoints import content_hash, open_runs
 from dynprobe.io.errors import InputError, UnreadableCheckpoint
+from dynprobe.io.run_specs import run_labels
 from dynprobe.io.state_search import NoSuchKey
 
 
@@ -158,6 +160,12 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
         torch.save(small_state(), tmp_path / parent / "ckpt" / "step_1.pt")
     runs = open_runs([str(tmp_path / "a" / "ckpt"), str(tmp_path / "b" / "ckpt")])
     assert [run.name for run in runs] == ["a/ckpt", "b/ckpt"]
+
+
+def test_equal_paths_get_equal_short_labels():
+    assert run_labels([Path("/work/a.npy"), Path("/work/a.npy")]) == ["a.npy", "a.npy"]
+    assert run_labels([Path("/x/a"), Path("/x/a"), Path("/y/a")]) == ["x/a", "x/a", "y/a"]
+    assert run_labels([Path("/a"), Path("/y/a"), Path("/")]) == ["a", "y/a", "/"]
 
 
 def test_per_step_folders_with_one_file_each(tmp_path):

@@ -43,6 +43,7 @@ def message(path, **options):
     with pytest.raises(InputError) as caught:
         SavedActivations(path, **options).load()
     assert str(path) in caught.value.message
+    assert caught.value.tip
     return f"{caught.value.message} {caught.value.tip}"
 
 
@@ -62,9 +63,9 @@ def test_every_format_gives_the_same_layers_and_the_same_hash(tmp_path, suffix):
     assert (loaded.notes, loaded.input_hash, loaded.treatment, loaded.sample) == ([], "", {}, {})
 
 
-def test_an_npy_file_is_one_layer_named_after_it(tmp_path):
+def test_the_layer_of_an_npy_file_is_called_activations_so_that_files_share_it(tmp_path):
     saved = SavedActivations(write(tmp_path / "penultimate.npy", LAYERS))
-    assert list(saved.load().state) == ["penultimate"]
+    assert list(saved.load().state) == ["activations"]
     assert (saved.run, saved.step, saved.problem) == ("penultimate", None, "")
     assert saved.size == saved.path.stat().st_size
 
@@ -86,7 +87,7 @@ def test_the_step_is_the_one_in_the_name(tmp_path, name, step):
 )
 def test_numbers_of_any_type_lose_no_digit_that_their_type_has(tmp_path, stored, loaded):
     array = np.arange(12).reshape(6, 2).astype(stored)
-    tensor = SavedActivations(write(tmp_path / "a.npy", {"a": array})).load().state["a"]
+    tensor = SavedActivations(write(tmp_path / "a.npy", {"a": array})).load().state["activations"]
     assert str(tensor.dtype) == f"torch.{loaded}"
     assert np.array_equal(tensor.numpy(), array.astype("f8"))
 
@@ -98,12 +99,16 @@ def test_bfloat16_tensors_become_float32(tmp_path):
     assert SavedActivations(tmp_path / "a.safetensors").load().state["a"].dtype == torch.float32
 
 
-def test_maps_are_flattened_and_the_note_says_so(tmp_path):
-    maps = RANDOM.normal(size=(12, 4, 2, 2))
-    loaded = SavedActivations(write(tmp_path / "a.npz", {"conv": maps, "fc": LAYERS["fc"]})).load()
-    assert np.array_equal(loaded.state["conv"].numpy(), maps.reshape(12, 16))
-    assert loaded.treatment == {"conv": "flatten"}
-    assert loaded.notes == ["flattened to (n_samples, n_features): conv (12, 4, 2, 2)"]
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5"])
+def test_maps_and_sequences_keep_their_dimensions(tmp_path, suffix):
+    arrays = {
+        "conv": RANDOM.normal(size=(12, 4, 2, 2)),
+        "lstm": RANDOM.normal(size=(12, 5, 3)),
+        "fc": LAYERS["fc"],
+    }
+    loaded = SavedActivations(write(tmp_path / f"a{suffix}", arrays)).load()
+    assert all(np.array_equal(loaded.state[name].numpy(), arrays[name]) for name in arrays)
+    assert (loaded.treatment, loaded.notes) == ({}, [])
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".h5"])
@@ -116,16 +121,45 @@ def test_transposed_arrays_give_the_activations_of_those_that_are_not(tmp_path, 
     assert turned.notes == []
 
 
-def test_samples_along_the_last_of_many_dimensions_are_moved_to_the_front(tmp_path):
-    maps = RANDOM.normal(size=(4, 3, 12))
-    state = SavedActivations(write(tmp_path / "a.npy", {"a": maps}), transpose=True).load().state
-    assert np.array_equal(state["a"].numpy(), np.moveaxis(maps, -1, 0).reshape(12, 12))
+def test_only_matrices_are_transposed(tmp_path):
+    path = write(tmp_path / "a.npy", {"a": np.ones((4, 3, 12))})
+    assert "'activations' has the shape (4, 3, 12), and --transpose takes matrices only" in message(
+        path, transpose=True
+    )
+
+
+def test_what_has_less_than_two_dimensions_beside_the_layers_is_left_out_and_named(tmp_path):
+    beside = {"labels": np.arange(12), "loss": np.ones(12), "epoch": np.float64(3)}
+    words = "left out, since a layer has two dimensions or more: "
+    for suffix, named in ((".npz", "labels (12,), loss (12,), epoch ()"), (".h5", "epoch (), labels (12,)")):
+        loaded = SavedActivations(write(tmp_path / f"a{suffix}", {**LAYERS, **beside})).load()
+        assert list(loaded.state) == ["conv", "fc"]
+        assert len(loaded.notes) == 1
+        assert f"a{suffix}: {words}{named}" in loaded.notes[0]
+    text = write(tmp_path / "text.h5", {**LAYERS, "labels": ["x"] * 12})
+    assert f"text.h5: {words}labels (12,)" in SavedActivations(text).load().notes
+
+
+def test_vectors_beside_the_layers_of_a_safetensors_file_that_says_what_it_is_are_left_out(tmp_path):
+    arrays = {**LAYERS, "labels": np.arange(12)}
+    for ids, facts in (({"ids": np.arange(12)}, {}), ({}, {"input_hash": "abc"}), ({}, {"treatments": "{}"})):
+        path = write(tmp_path / "a.safetensors", {**arrays, **ids}, **facts)
+        assert is_saved(path)
+        loaded = SavedActivations(path).load()
+        assert list(loaded.state) == ["conv", "fc"]
+        assert "labels (12,)" in loaded.notes[0]
+
+
+def test_biases_of_a_checkpoint_are_not_left_out_silently(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"fc.weight": LAYERS["fc"], "fc.bias": np.ones(12, "f4")})
+    assert not is_saved(path)
+    assert "'fc.bias' has the shape (12,)" in message(path)
 
 
 def test_a_wide_array_is_taken_as_it_is_with_a_warning(tmp_path):
     path = write(tmp_path / "lin0.npy", {"a": np.ones((64, 1000))})
     loaded = SavedActivations(path).load()
-    assert loaded.state["lin0"].shape == (64, 1000)
+    assert loaded.state["activations"].shape == (64, 1000)
     assert loaded.notes == [
         "lin0.npy has 64 rows and 1,000 columns: rows are taken as samples; "
         "if they are neurons (as google/svcca stores them) give --transpose"
@@ -236,6 +270,12 @@ def test_a_damaged_file_is_named(tmp_path, suffix):
     assert any(word in message(path) for word in ("damaged", "cut off"))
 
 
+def test_what_the_reader_of_checkpoints_says_of_a_damaged_file_gets_a_tip(tmp_path):
+    path = write(tmp_path / "a.safetensors", LAYERS)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F3\xff"'))
+    assert "the safetensors header is damaged" in message(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     assert "there is no such file" in message(tmp_path / "a.npy")
 
@@ -253,21 +293,24 @@ def test_pickled_arrays_are_refused_because_they_are_code(tmp_path):
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.full((3, 2), "a"), "'a' holds text, not real numbers"),
-        (np.ones((3, 2), dtype="c8"), "'a' holds complex numbers"),
-        (np.ones((3, 2), dtype=[("x", "f4")]), "'a' holds records"),
-        (np.ones(7), "'a' has the shape (7,)"),
-        (np.float64(1), "'a' has the shape ()"),
-        (np.ones((0, 3)), "'a' is empty"),
-        (np.array([[1.0, np.nan], [np.inf, 0]]), "'a' holds 2 values that are NaN or infinite (of 4)"),
+        (np.full((3, 2), "a"), "'activations' holds text, not real numbers"),
+        (np.ones((3, 2), dtype="c8"), "'activations' holds complex numbers"),
+        (np.ones((3, 2), dtype=[("x", "f4")]), "'activations' holds records"),
+        (np.ones(7), "'activations' has the shape (7,)"),
+        (np.float64(1), "'activations' has the shape ()"),
+        (np.ones((0, 3)), "'activations' is empty"),
+        (
+            np.array([[1.0, np.nan], [np.inf, 0]]),
+            "'activations' holds 2 values that are NaN or infinite (of 4)",
+        ),
     ],
 )
 def test_an_array_that_is_no_table_of_numbers_is_named(tmp_path, array, words):
     assert words in message(write(tmp_path / "a.npy", {"a": array}))
 
 
-def test_objects_and_text_in_an_hdf5_file_are_named(tmp_path):
-    assert "'labels' holds objects" in message(write(tmp_path / "a.h5", {**LAYERS, "labels": ["x"] * 12}))
+def test_text_in_an_hdf5_file_is_named(tmp_path):
+    assert "'labels' holds objects" in message(write(tmp_path / "a.h5", {**LAYERS, "labels": [["x"]] * 12}))
 
 
 def test_a_file_without_arrays_is_named(tmp_path):

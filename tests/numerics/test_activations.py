@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from dynprobe.analyzers.numerics.activations import Block, LayerError, features, input_hash, record, recut
+from dynprobe.analyzers.numerics.activations import (
+    Block,
+    LayerError,
+    features,
+    input_hash,
+    n_samples_of,
+    non_finite,
+    record,
+    recut,
+)
+from dynprobe.analyzers.numerics.layouts import treated
 from dynprobe.analyzers.numerics.params import frozen_eval
 
 
@@ -428,6 +438,71 @@ def test_a_mask_of_another_length_is_said_not_to_be_applied() -> None:
     assert found["head"].treatment == "mean (mask not applied)"
 
 
+class Translator(nn.Module):
+    """Encoder, and a decoder whose cross attention has the encoder's steps; no name says whose."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        super().__init__()
+        self.steps = steps
+        self.words, self.reader, self.writer = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.keys, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, **_masks: Tensor) -> Tensor:
+        if self.steps and decoder_input_ids.shape[1] != self.steps:
+            raise ValueError("another number of steps")
+        read, written = self.reader(self.words(input_ids)), self.writer(self.words(decoder_input_ids))
+        return self.head(written + torch.softmax(written @ self.keys(read).mT, -1) @ read)
+
+
+DECODER_KEEP = torch.arange(5) < LENGTHS.flip(0)[:, None]
+TRANSLATED = {
+    "input_ids": IDS,
+    "attention_mask": KEEP.long(),
+    "decoder_input_ids": IDS.flip(0),
+    "decoder_attention_mask": DECODER_KEEP.long(),
+}
+READ, WRITTEN = ("words", "reader", "keys"), ("words#2", "writer", "head")
+
+
+def test_each_sequence_of_an_encoder_and_decoder_of_equal_lengths_is_averaged_over_its_own_mask() -> None:
+    model = seeded(Translator())
+    found = features(model, cut(TRANSLATED, 4, 3))
+    with torch.no_grad():
+        for name, ids, keep in (("reader", IDS, KEEP), ("writer", IDS.flip(0), DECODER_KEEP)):
+            out = getattr(model, name)(model.words(ids))
+            expected = torch.stack([rows[mask].mean(0) for rows, mask in zip(out, keep, strict=True)])
+            assert torch.allclose(found[name].values, expected, atol=1e-6)
+    tokens = features(model, cut(TRANSLATED, 4, 3), sequences="token")
+    assert set(found) == {*READ, *WRITTEN}
+    for names, keep in ((READ, KEEP), (WRITTEN, DECODER_KEEP)):
+        for name in names:
+            assert found[name].treatment == "mean"
+            assert torch.equal(torch.bincount(tokens[name].sample), keep.sum(1)), name
+
+
+def test_without_a_mask_of_the_decoder_that_of_the_encoder_is_not_applied_to_it() -> None:
+    inputs = {name: value for name, value in TRANSLATED.items() if name != "decoder_attention_mask"}
+    found = features(seeded(Translator()), cut(inputs, 4, 3))
+    assert {found[name].treatment for name in READ} == {"mean"}
+    assert {found[name].treatment for name in WRITTEN} == {"mean (mask not applied)"}
+
+
+def test_where_a_network_does_not_show_whose_steps_are_whose_no_mask_is_applied() -> None:
+    found = features(seeded(Translator(steps=5)), cut(TRANSLATED, 4, 3))
+    assert {layer.treatment for layer in found.values()} == {"mean (mask not applied)"}
+
+
+def test_a_hugging_face_t5_is_averaged_over_its_two_masks() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    sums = KEEP.sum(1), DECODER_KEEP.sum(1)
+    found = features(model, cut(TRANSLATED, 4, 3), sequences="token")
+    for name, layer in found.items():
+        from_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert torch.equal(torch.bincount(layer.sample), sums[not from_encoder]), name
+
+
 def test_a_sample_without_any_step_is_refused() -> None:
     mask = KEEP.long().clone()
     mask[2] = 0
@@ -485,6 +560,60 @@ def test_a_module_that_runs_more_often_in_one_batch_is_refused() -> None:
             features(model, batches)
 
 
+# Saved arrays
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 2), (6, 4, 3, 2, 2)])
+def test_saved_maps_are_treated_as_recorded_ones(shape: tuple[int, ...]) -> None:
+    maps = randn(*shape)
+    net = nn.Sequential(
+        nn.BatchNorm2d(4, affine=False, eps=0) if len(shape) == 4 else nn.BatchNorm3d(4, eps=0)
+    )
+    for treatment in ("average", "flatten", "positions"):
+        layer = features(net, cut(maps, 6), layers="0", maps=treatment)["0"]
+        values, sample, said = treated(maps, maps=treatment, sequences="mean")
+        assert torch.equal(values, layer.values)
+        assert said == layer.treatment
+        assert (sample is None) == (layer.sample is None)
+
+
+def test_saved_sequences_are_treated_as_asked_and_matrices_not_at_all() -> None:
+    x = randn(6, 4, 3)
+    expected = {
+        "mean": x.mean(1),
+        "last": x[:, -1],
+        "first": x[:, 0],
+        "flatten": x.flatten(1),
+        "token": x.flatten(0, 1),
+    }
+    for sequences, values in expected.items():
+        found = treated(x, maps="average", sequences=sequences)
+        assert torch.equal(found[0], values)
+        assert found[2] == sequences
+    assert torch.equal(found[1], torch.arange(6).repeat_interleave(4))
+    matrix, sample, said = treated(x[:, 0], maps="average", sequences="per-step")
+    assert (matrix.data_ptr(), sample, said) == (x.data_ptr(), None, "")
+    whole = treated(torch.arange(12).reshape(2, 3, 2), maps="average", sequences="mean")[0]
+    assert torch.equal(whole, torch.tensor([[2.0, 3.0], [8.0, 9.0]], dtype=torch.float64))
+    assert not treated(x.requires_grad_(), maps="average", sequences="mean")[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (torch.ones(3), r"shape \(3,\) is no layer"),
+        (torch.ones(3, 0), r"shape \(3, 0\) is no layer"),
+        (torch.ones(3, 1, 1, 1, 1, 1), "is no layer"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(3, 4, 2), "per-step makes a layer of every step"),
+    ],
+)
+def test_an_array_that_is_no_layer_is_refused_with_a_sentence(array: Tensor, words: str) -> None:
+    with pytest.raises(LayerError, match=words) as error:
+        treated(array, maps="average", sequences="per-step")
+    assert error.value.tip
+
+
 # Outputs that are no tensor
 
 
@@ -528,6 +657,34 @@ def test_a_named_module_without_a_tensor_is_refused() -> None:
         features(nn.Sequential(Nothing()), cut(randn(6, 3), 6), layers="0")
 
 
+def test_outputs_without_numbers_or_dense_memory_are_left_out_and_refused_by_name() -> None:
+    class Odd(nn.Module):
+        def __init__(self, form: Any) -> None:
+            super().__init__()
+            self.form, self.scale = form, nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.form(x)
+
+    class Net(nn.Module):
+        def __init__(self, form: Any) -> None:
+            super().__init__()
+            self.odd, self.head = Odd(form), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.odd(x)
+            return self.head(x)
+
+    x = cut(randn(6, 3), 6)
+    for form, words in (
+        (lambda h: h[:, :0], r"'odd' gives \(3, 0\) for 3 samples: there are no numbers"),
+        (lambda h: h.to_sparse(), "'odd' returns no tensor, or one that is sparse"),
+    ):
+        assert list(features(Net(form), x)) == ["head"]
+        with pytest.raises(LayerError, match=words):
+            features(Net(form), x, layers="odd")
+
+
 def test_complex_features_are_real_and_imaginary_parts() -> None:
     class Fourier(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -554,6 +711,16 @@ def test_nan_in_a_layer_is_an_error_that_counts_it() -> None:
         model[0].bias[1] = torch.nan
     with pytest.raises(LayerError, match="'0': NaN or infinite in 6 of 12 activations"):
         features(model, cut(randn(6, 3), 4, 2))
+
+
+def test_nan_is_handed_on_where_allowed_and_can_be_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Threshold(0, 0), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].bias[1] = torch.inf
+    found = features(model, cut(randn(6, 3), 4, 2), layers="0", allow_non_finite=True)["0"].values
+    assert torch.isinf(found[:, 1]).all()
+    assert non_finite(found) == "NaN or infinite in 6 of 12 activations"
+    assert non_finite(torch.full((2, 9), 3e38)) == ""
 
 
 def test_activations_whose_sum_overflows_are_no_error() -> None:
@@ -730,3 +897,59 @@ def test_recutting_refuses_sizes_and_orders_that_lose_samples() -> None:
         recut([], 2)
     with pytest.raises(LayerError, match="padded to different lengths"):
         recut([(randn(2, 3), None), (randn(2, 4), None)], 2)
+
+
+@pytest.mark.parametrize(
+    "targets", [None, torch.tensor(1.0), ("a", "b", "c"), {"y": torch.zeros(3)}, [1, 2, 3]]
+)
+def test_samples_are_counted_in_the_inputs_whatever_the_targets(targets: Any) -> None:
+    batches = [(randn(3, 2), targets), (randn(2, 2), targets)]
+    assert n_samples_of(batches) == 5
+    parts = recut(batches, 2, torch.arange(5).flip(0))
+    assert (parts.n_samples, [len(inputs) for inputs, _targets in parts]) == (5, [1, 2, 2])
+    assert torch.equal(
+        torch.cat([inputs for inputs, _targets in parts]), torch.cat([b[0] for b in batches]).flip(0)
+    )
+    held = SimpleNamespace(inputs=randn(4, 2), targets=targets)
+    assert recut(held, 4).n_samples == 4
+    assert n_samples_of(SimpleNamespace(n_samples=9)) == 9
+    assert n_samples_of([({"scale": torch.tensor(2.0), "x": randn(3, 2)}, targets)]) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.zeros(3, 4), torch.zeros(2, 5)),
+        (torch.tensor(1.0), torch.tensor(2.0)),
+        ([1, 2, 3], [4, 5]),
+        ({"y": torch.zeros(3)}, {"z": torch.zeros(2)}),
+        (torch.zeros(3), None),
+    ],
+)
+def test_targets_that_cannot_be_joined_do_not_keep_inputs_from_being_cut_anew(
+    first: Any, second: Any
+) -> None:
+    parts = recut([(randn(3, 2), first), (randn(2, 2), second)], 2)
+    assert [(len(inputs), targets) for inputs, targets in parts] == [(1, None), (2, None), (2, None)]
+
+
+def test_settings_that_differ_between_batches_are_refused_before_they_are_mixed() -> None:
+    batches = [({"x": randn(2, 3), "power": power}, None) for power in (1, 2)]
+    with pytest.raises(LayerError, match="different settings"):
+        recut(batches, 2)
+
+
+def test_inputs_that_require_gradients_are_inputs_and_sparse_or_empty_ones_are_refused() -> None:
+    x = randn(6, 3)
+    model = nn.Sequential(nn.Linear(3, 2))
+    wanted = features(model, cut(x, 4, 2))["0"].values
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(features(model, cut(leaf, 4, 2))["0"].values, wanted)
+    assert input_hash(cut(leaf, 6)) == input_hash(cut(x, 6))
+    for inputs, words in ((x.to_sparse(), "sparse or nested"), (x[:0], "holds no samples")):
+        with pytest.raises(LayerError, match=words):
+            features(model, [(inputs, None)])
+        with pytest.raises(LayerError, match=words):
+            recut([(inputs, None)], 2)
+    with pytest.raises(LayerError, match="sparse or nested"):
+        input_hash([(x.to_sparse(), None)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from dynprobe.analyzers.numerics import hsic, hsic_minibatch
+from dynprobe.analyzers.numerics import hsic, hsic_chance, hsic_minibatch
 from dynprobe.analyzers.numerics.hsic_compare import compare
 from dynprobe.analyzers.numerics.hsic_plan import plan
 
@@ -150,11 +151,23 @@ def test_a_unit_that_varies_by_rounding_alone_counts_as_constant():
 @pytest.mark.parametrize("n", [20, 21])
 def test_the_rbf_kernel_is_the_exponential_of_the_squared_distance_over_the_median(n):
     (x,) = layers(n, (4,))
-    kernel, width = hsic.rbf(hsic.centre(torch.as_tensor(x))[0], 0.5, 0)
+    squared = hsic.squared_distances(hsic.centre(torch.as_tensor(x))[0])
+    width = 0.5 * hsic.median_distance(squared, 0)
+    kernel = hsic.rbf(squared, width)
     distance = np.linalg.norm(x[:, None] - x[None], axis=2)
     median = np.median(distance[np.triu_indices(n, 1)])
     assert width == pytest.approx(0.5 * median, rel=1e-12)
     np.testing.assert_allclose(kernel.numpy() + 1, np.exp(-(distance**2) / (2 * width**2)), atol=1e-12)
+
+
+@pytest.mark.parametrize("fraction", [100.0, 1e4])
+def test_the_rbf_kernel_of_a_wide_layer_with_a_large_bandwidth_does_not_vanish_in_float32(fraction):
+    x = torch.randn(100, 5000, generator=torch.Generator().manual_seed(0))
+    squared = hsic.squared_distances(hsic.centre(x)[0])
+    kernel = hsic.rbf(squared, fraction * hsic.median_distance(squared, 0))
+    fourth = torch.tensor([hsic.fourth_power(kernel, of_rbf=True)], dtype=torch.float64)
+    total = hsic.from_grams(hsic.centre_gram(kernel, unbiased=True)[None], [1], unbiased=True).total
+    assert not hsic.vanishes(total, fourth, 100, torch.float32, grams=True)
 
 
 def test_the_median_of_very_many_distances_is_that_of_a_seeded_sample():
@@ -174,43 +187,125 @@ def test_the_plan_takes_covariances_for_narrow_layers_and_grams_for_wide_ones():
     assert plan(2000, [10, 20], 4e9, gram=True).formulation == "gram"
 
 
+def test_the_plan_counts_features_that_lie_side_by_side_only_where_there_are_several_layers():
+    assert plan(200_000, [400], 4e9).bytes == pytest.approx(2 * 200_000 * 400 * 4, rel=0.05)
+    assert plan(20_000, [125] * 10, 4e9).bytes == pytest.approx(3 * 20_000 * 1250 * 4, rel=0.1)
+
+
+def test_centring_in_place_takes_no_more_memory_and_gives_the_same():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)) + 5
+    expected = hsic.centre(x)[0]
+    found, _ = hsic.centre(x, in_place=True)
+    assert found.data_ptr() == x.data_ptr()
+    assert torch.equal(found, expected)
+
+
 def test_the_plan_takes_the_formulation_that_fits_and_says_where_none_does():
     assert plan(50_000, [2000] * 3, 4e9).formulation == "covariance"
     assert plan(50_000, [20_000] * 3, 4e9).formulation == ""
 
 
-def recorded(network, sizes, bandwidth=0.0):
-    recorder = hsic_minibatch.MinibatchRecorder(bandwidth)
+def recorded(network, sizes, seed=0, take=None):
+    batches = []
+    splits = hsic_minibatch.splits_of(len(sizes))
+    recorder = hsic_minibatch.MinibatchRecorder(take or batches.append, splits, seed)
     start = 0
     for size in sizes:
         for index, x in enumerate(network):
             recorder.add(f"layer{index}", start, torch.as_tensor(x[start : start + size]))
         start += size
-    return recorder.finish()
+    recorder.finish()
+    return batches
+
+
+def terms_of(one, two):
+    terms = hsic_minibatch.MinibatchTerms(one)
+    for batch in two:
+        terms.add(batch)
+    return terms
 
 
 def test_minibatch_terms_are_those_of_each_batch_whatever_its_size():
     a, b, sizes = layers(29, (3, 40), 1), layers(29, (5,), 2), (10, 10, 9)
-    one, two = recorded(a, sizes), recorded(b, sizes)
-    cross, own, _ = hsic_minibatch.minibatch_terms(one, two)
+    terms = terms_of(recorded(a, sizes), recorded(b, sizes))
     for batch, start in enumerate((0, 10, 20)):
         rows = slice(start, start + sizes[batch])
         for i, x in enumerate(a):
-            scale = 4.0 ** -one.exponent[i]
-            assert own[batch, i] == pytest.approx(song(x[rows], x[rows]) * scale**2, rel=1e-10)
-            expected = song(x[rows], b[0][rows]) * scale * 4.0 ** -two.exponent[0]
-            assert cross[batch, i, 0] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+            assert terms.own_a[batch][i] == pytest.approx(song(x[rows], x[rows]), rel=1e-10)
+            expected = song(x[rows], b[0][rows])
+            assert terms.cross[batch][i, 0] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_half_a_batch_centred_anew_from_packed_kernels_is_the_half_computed_from_its_features():
-    (x,), (y,) = layers(12, (3,), 1), layers(12, (5,), 2)
-    one, two = recorded([x], (12,)), recorded([y], (12,))
-    part = torch.tensor([0, 2, 3, 7, 9, 11])
-    both, first, _ = hsic_minibatch._half_terms(one.packed[0], two.packed[0], 12, part)
-    keep = part.numpy()
-    scale = 4.0 ** -one.exponent[0]
-    assert both[0, 0] == pytest.approx(song(x[keep], y[keep]) * scale * 4.0 ** -two.exponent[0], rel=1e-9)
-    assert first[0] == pytest.approx(song(x[keep], x[keep]) * scale**2, rel=1e-9)
+@pytest.mark.parametrize("n", [12, 13, 9])
+def test_the_halves_of_a_batch_centred_anew_are_those_computed_from_their_features_though_one_is_larger(n):
+    a, b = layers(n, (3, 40), 1), layers(n, (5,), 2)
+    one, two = recorded(a, (n,), seed=3), recorded(b, (n,), seed=3)
+    terms = terms_of(one, two)
+    assert len(one[0].signs) == hsic_minibatch.HALVINGS
+    assert torch.equal(one[0].signs, two[0].signs)
+    for split, signs in enumerate(one[0].signs):
+        halves = [np.flatnonzero(signs.numpy() == sign) for sign in (1, -1)]
+        weights = np.array([len(half) * (len(half) - 3) for half in halves]) / sum(
+            len(half) * (len(half) - 3) for half in halves
+        )
+        for i, x in enumerate(a):
+            own = weights @ [song(x[half], x[half]) for half in halves]
+            both = weights @ [song(x[half], b[0][half]) for half in halves]
+            assert one[0].hsic_halves[split, i] == pytest.approx(own, rel=1e-9)
+            gap = terms._gaps[0][0][split, i, 0] + terms.cross[0][i, 0]
+            assert gap == pytest.approx(both, rel=1e-8, abs=1e-10)
+
+
+def test_batches_compared_as_they_are_made_give_the_numbers_of_batches_that_were_kept():
+    a, b, sizes = layers(29, (3, 40), 1), layers(29, (5, 6), 2), (10, 10, 9)
+    one = recorded(a, sizes)
+    kept, streamed = terms_of(one, recorded(b, sizes)), hsic_minibatch.MinibatchTerms(one)
+    assert recorded(b, sizes, take=streamed.add) == []
+    assert torch.equal(torch.stack(streamed.cross), torch.stack(kept.cross))
+    assert torch.equal(streamed.deviation(), kept.deviation())
+
+
+def test_a_layer_with_nan_in_one_batch_leaves_the_others_as_they_are():
+    a, sizes = layers(20, (3, 40), 1), (10, 10)
+    expected = recorded(a, sizes)
+    a[0][13, 1] = np.nan
+    found = recorded(a, sizes)
+    for batch, clean in zip(found, expected, strict=True):
+        assert torch.equal(batch.packed[1], clean.packed[1])
+        assert batch.packed.isfinite().all()
+
+
+def test_features_of_moderate_size_are_not_scaled_and_others_are_by_a_power_of_two():
+    assert [hsic.exponent(x) for x in (0.0, math.nan, math.inf, 1.0, 200.0, 0.003)] == [0] * 6
+    assert hsic.exponent(1e15) == 50
+    assert hsic.exponent(1e-15) == -49
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [5, 300, 513])
+def test_a_gram_matrix_on_a_cpu_is_that_of_torch_also_of_some_columns_and_into_given_memory(n, dtype):
+    features = torch.randn(n, 70, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 3:60]
+    expected = features.double() @ features.double().T
+    room = torch.empty(3, n, n, dtype=dtype)
+    found = hsic.gram(features, room[1])
+    assert found.data_ptr() == room[1].data_ptr()
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found.double(), expected, atol=57 * tolerance, rtol=0)
+    assert torch.equal(found, found.T)
+
+
+def test_a_gram_matrix_computed_in_strips_is_that_of_a_cpu():
+    features = torch.randn(300, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = hsic._gram_in_strips(features, features.new_empty(300, 300))
+    torch.testing.assert_close(found, hsic.gram(features), atol=1e-13, rtol=0)
+
+
+def test_a_mean_is_removed_to_rounding_of_the_spread_whether_it_is_below_or_far_above_it():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    for shift in (0.5, 1e4):
+        features, largest = hsic.centre(x + shift)
+        assert features.mean(0).abs().max() < 3e-7
+        assert largest == features.abs().max()
 
 
 def test_the_deviation_of_minibatches_is_predicted_from_halves_within_a_factor_of_two():
@@ -221,10 +316,10 @@ def test_the_deviation_of_minibatches_is_predicted_from_halves_within_a_factor_o
     predicted, true = [], []
     for seed in range(40):
         order = np.random.default_rng(seed).permutation(n)
-        one, two = (recorded([x[order] for x in network], (size,) * (n // size)) for network in (a, b))
-        terms = hsic_minibatch.minibatch_terms(one, two)
-        predicted.append(hsic_minibatch.halves_deviation(one, two, terms, seed).numpy())
-        cross, own_a, own_b = (term.sum(0).numpy() for term in terms)
+        one, two = (recorded([x[order] for x in net], (size,) * (n // size), seed) for net in (a, b))
+        terms = terms_of(one, two)
+        predicted.append(terms.deviation().numpy())
+        cross, own_a, own_b = (sum(term).numpy() for term in (terms.cross, terms.own_a, terms.own_b))
         true.append(cross / np.sqrt(np.outer(own_a, own_b)) - full)
     ratio = np.sqrt(np.mean(np.square(predicted), 0) / np.mean(np.square(true), 0))
     assert (ratio > 0.5).all()
@@ -262,6 +357,53 @@ def test_over_permutations_of_samples_unbiased_cka_is_zero_and_biased_its_closed
             permuted.append((k * q[np.ix_(order, order)]).sum() / norm)
         chance = 0.0 if unbiased else np.trace(k) * np.trace(q) / ((n - 1) * norm)
         assert np.mean(permuted) == pytest.approx(chance, abs=4 * np.std(permuted) / math.sqrt(4000))
+
+
+@pytest.mark.parametrize("grams", FORMULATIONS)
+@pytest.mark.parametrize("unbiased", ESTIMATORS)
+@pytest.mark.parametrize(("n", "rows"), [(5, 4), (6, 1), (4, 7)])
+def test_the_chance_level_is_the_mean_over_all_orders_of_the_samples_with_their_rows_together(
+    n, rows, unbiased, grams
+):
+    rng = np.random.default_rng(0)
+    x, y, wide = (
+        (rng.standard_normal((rows, d)) + rng.standard_normal((n, rows, d))).reshape(n * rows, d)
+        for d in (3, 2, 40)
+    )
+    one, two = kernels([x, wide], unbiased, grams), kernels([y], unbiased, grams)
+    found = hsic_chance.mean_over_orders(hsic_chance.block_sums(one, n), hsic_chance.block_sums(two, n))
+    q = centred(y @ y.T, unbiased)
+    places = np.arange(n * rows).reshape(n, rows)
+    orders = [places[list(order)].ravel() for order in itertools.permutations(range(n))]
+    mean = np.mean([q[np.ix_(order, order)] for order in orders], 0)
+    for i, z in enumerate((x, wide)):
+        k = centred(z @ z.T, unbiased)
+        scale = np.linalg.norm(k) * np.linalg.norm(q)
+        assert found[i, 0] / scale == pytest.approx((k * mean).sum() / scale, abs=1e-13)
+    if unbiased and rows == 1:
+        assert not found.any()
+
+
+def test_samples_are_told_apart_that_have_the_same_number_of_rows_each():
+    assert hsic_chance.rows_per_sample(None, 7) == 1
+    assert hsic_chance.rows_per_sample(torch.tensor([0, 0, 1, 1]), 2) == 2
+    assert hsic_chance.rows_per_sample(torch.tensor([0, 1, 1, 1]), 2) == 0
+    assert hsic_chance.rows_per_sample(torch.tensor([0, 0, 1]), 2) == 0
+
+
+def test_the_standard_error_of_unrelated_or_wide_layers_is_an_upper_estimate_by_about_root_two():
+    rng = np.random.default_rng(0)
+    values, errors = [], []
+    for _ in range(300):
+        x, y = rng.standard_normal((2, 50, 100))
+        x, related = x[:, :4], x + y
+        one, two = kernels([x, y], True, False), kernels([y, related], True, False)
+        found = compare(one, two, each_alone(50))
+        values.append([found.value[0, 0], found.value[1, 1]])
+        errors.append([found.stderr[0, 0], found.stderr[1, 1]])
+    ratio = np.sqrt(np.mean(np.square(errors), 0)) / np.std(values, 0)
+    assert (ratio > 1.1).all()
+    assert (ratio < 1.2 * math.sqrt(2)).all()
 
 
 def test_the_standard_error_covers_the_value_of_the_population():

@@ -19,13 +19,12 @@ from dynprobe.analyzers.numerics.rdm import (
     row_sums,
 )
 from dynprobe.analyzers.numerics.rdm_compare import (
-    Comparable,
-    Ranking,
     ceiling_of_similarities,
     chance,
-    jackknife,
+    comparable,
     noise_ceiling,
     permutation_p,
+    ranking,
     similarities,
 )
 from dynprobe.analyzers.numerics.rdm_crossnobis import crossnobis, deal_folds, shrunk_noise
@@ -98,7 +97,7 @@ def test_sizes_and_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'cos'"):
         dissimilarities(patterns(), "cos")
     with pytest.raises(ValueError, match="'tau'"):
-        Comparable(rdms(), "tau")
+        comparable(rdms(), "tau")
 
 
 def test_entries_of_kept_and_of_permuted_stimuli_are_those_of_the_square_matrix():
@@ -113,17 +112,28 @@ def test_entries_of_kept_and_of_permuted_stimuli_are_those_of_the_square_matrix(
 
 def test_ranks_share_ties_and_follow_scipy_on_any_part():
     values = np.round(np.random.default_rng(1).random(400), 2)
-    ranking = Ranking(values)
-    np.testing.assert_array_equal(ranking.ranks(), rankdata(values))
-    kept = np.random.default_rng(2).random(400) < 0.6
-    np.testing.assert_array_equal(ranking.ranks(kept), rankdata(values[kept]))
+    untied = np.random.default_rng(3).random(400)
+    kept = np.flatnonzero(np.random.default_rng(2).random(400) < 0.6)
+    for rdm in (values, untied):
+        np.testing.assert_array_equal(ranking(rdm).ranks(), rankdata(rdm))
+        np.testing.assert_array_equal(ranking(rdm).ranks(kept), rankdata(rdm[kept]))
+
+
+def test_ranks_of_a_part_of_many_entries_correlate_as_those_of_a_new_sort():
+    x, y = (patterns(700, 5, seed) for seed in (0, 1))
+    a, b = (dissimilarities(z, "correlation") for z in (x, y + 0.5 * x))
+    b = np.where(b < np.median(b), np.round(b, 2), b)  # half of one in heavy ties
+    without = np.arange(700) % 10 == 3
+    kept = entries_between(~without)
+    found = comparable([a], "spearman").form(without) @ comparable([b], "spearman").form(without)
+    assert found[0, 0] == pytest.approx(spearmanr(a[kept], b[kept]).statistic, abs=1e-7)
 
 
 def test_distances_that_differ_by_rounding_are_ties():
     one_hot = torch.eye(6, dtype=torch.float64)[torch.arange(18) % 6] @ patterns(6, 6).T.double()
     rdm = dissimilarities(one_hot, "sqeuclidean")
     noisy = rdm * (1 + 1e-15 * np.random.default_rng(0).standard_normal(len(rdm)))
-    np.testing.assert_array_equal(Ranking(noisy).ranks(), Ranking(rdm).ranks())
+    np.testing.assert_array_equal(ranking(noisy).ranks(), ranking(rdm).ranks())
 
 
 def test_spearman_and_pearson_are_scipys():
@@ -174,7 +184,7 @@ def test_whitened_cosine_of_any_rdm_is_that_of_the_dense_covariance():
 
 @pytest.mark.parametrize("compare", COMPARISONS)
 def test_chance_is_the_mean_over_permuted_stimuli(compare):
-    a, b = (Comparable(rdms(1, 8, seed), compare).form() for seed in (0, 5))
+    a, b = (comparable(rdms(1, 8, seed), compare).form() for seed in (0, 5))
     generator = np.random.default_rng(0)
     right = b.left if b.right is None else b.right
     draws = np.array([a.left[0] @ right[0, permuted_entries(generator.permutation(8))] for _ in range(4000)])
@@ -185,18 +195,18 @@ def test_chance_is_the_mean_over_permuted_stimuli(compare):
 def test_leaving_stimuli_out_is_comparing_the_smaller_rdms(compare):
     a, b = np.round(rdms(2), 1), rdms(3, seed=7)
     block = np.arange(12) % 4
-    found = jackknife(Comparable(a, compare), Comparable(b, compare), block)
     for left_out in range(4):
-        kept = entries_between(block != left_out)
-        expected = similarities(a[:, kept], b[:, kept], compare)
-        np.testing.assert_allclose(found[..., left_out], expected, rtol=1e-12)
+        without = block == left_out
+        found = comparable(a, compare).form(without) @ comparable(b, compare).form(without)
+        kept = entries_between(~without)
+        np.testing.assert_allclose(found, similarities(a[:, kept], b[:, kept], compare), rtol=1e-12)
 
 
 def test_p_values_are_small_for_equal_rdms_and_uniform_for_independent_ones():
-    a = Comparable(rdms(1), "spearman").form()
+    a = comparable(rdms(1), "spearman").form()
     assert permutation_p(a, a, 99)[0, 0] == 0.01
     p = [
-        permutation_p(*(Comparable(rdms(1, 8, seed, 0.0), "pearson").form() for seed in (i, i + 500)), 39)[
+        permutation_p(*(comparable(rdms(1, 8, seed, 0.0), "pearson").form() for seed in (i, i + 500)), 39)[
             0, 0
         ]
         for i in range(120)
@@ -226,6 +236,18 @@ def test_the_ceiling_follows_from_similarities_of_pairs(compare, tolerance):
     )
     np.testing.assert_allclose(found.lower, direct.lower, atol=tolerance)
     np.testing.assert_allclose(found.upper, direct.upper, atol=tolerance)
+
+
+def test_rho_a_of_an_rdm_with_ties_to_itself_is_below_one_and_so_is_the_diagonal_of_its_ceiling():
+    stack = (rdms(4) > np.median(rdms(4))).astype(float)
+    s = similarities(stack, stack, "rho-a")
+    assert (np.diagonal(s) < 0.8).all()
+    direct, found = noise_ceiling(stack, "rho-a"), ceiling_of_similarities(s)
+    as_if_one = ceiling_of_similarities(s + np.diag(1 - np.diagonal(s)))
+    pooled = [(similarities(stack, stack.mean(0)[None], "pearson")[:, 0] * np.sqrt(np.diagonal(s))).mean()]
+    assert found.upper.mean() == pytest.approx(pooled[0], rel=0.02)
+    assert abs(as_if_one.upper.mean() - pooled[0]) > 0.05
+    assert found.upper.mean() == pytest.approx(direct.upper.mean(), abs=0.1)
 
 
 def test_no_model_exceeds_the_upper_ceiling():
@@ -274,14 +296,15 @@ def dense_crossnobis(x, condition, fold, precision):
 def test_crossnobis_is_the_mean_over_pairs_of_folds_in_the_shrunk_noise(d):
     x, condition = noisy(d=d, effect=1.0)
     fold = deal_folds(condition, 3, seed=1)
-    residual = (x - condition_means(x, condition)[torch.as_tensor(condition)]).numpy()
+    cell = 3 * condition + fold
+    residual = (x - condition_means(x, cell)[torch.as_tensor(cell)]).numpy()
     n = len(residual)
     s = residual.T @ residual / n
     mu = np.trace(s) / d
     delta = ((s - mu * np.eye(d)) ** 2).sum()
     beta = min(sum(((np.outer(r, r) - s) ** 2).sum() for r in residual) / n**2, delta)
-    covariance = (beta / delta * mu * np.eye(d) + (1 - beta / delta) * s) * n / (n - 6)
-    assert shrunk_noise(x, condition).shrinkage == pytest.approx(beta / delta)
+    covariance = (beta / delta * mu * np.eye(d) + (1 - beta / delta) * s) * n / (n - 18)
+    assert shrunk_noise(x, cell).shrinkage == pytest.approx(beta / delta)
     np.testing.assert_allclose(
         crossnobis(x, condition, fold),
         dense_crossnobis(x, condition, fold, np.linalg.inv(covariance)),
@@ -294,15 +317,17 @@ def test_crossnobis_is_the_mean_over_pairs_of_folds_in_the_shrunk_noise(d):
     )
 
 
-@pytest.mark.parametrize("shrink", [True, False])
-def test_crossnobis_is_zero_on_average_where_conditions_do_not_differ(shrink):
+@pytest.mark.parametrize(
+    ("shrink", "sizes"), [(True, {}), (False, {}), (True, {"conditions": 10, "repeats": 4, "d": 20})]
+)
+def test_crossnobis_is_zero_on_average_where_conditions_do_not_differ(shrink, sizes):
     means = []
     for seed in range(200):
-        x, condition = noisy(seed=seed)
+        x, condition = noisy(seed=seed, **sizes)
         means.append(crossnobis(x, condition, deal_folds(condition, 2, seed), shrink=shrink).mean())
     assert abs(np.mean(means)) < 4 * np.std(means) / np.sqrt(200)
     biased = np.mean(
-        [dissimilarities(condition_means(*noisy(seed=s)), "sqeuclidean").mean() for s in range(20)]
+        [dissimilarities(condition_means(*noisy(seed=s, **sizes)), "sqeuclidean").mean() for s in range(20)]
     )
     assert biased > 10 * abs(np.mean(means))
 
@@ -332,7 +357,7 @@ def test_crossnobis_without_noise_or_without_two_conditions_is_refused():
 def test_units_in_blocks_are_what_they_are_at_once(compare, monkeypatch):
     values = patterns(12, 9).numpy()
     values[:, 4] = 1.0
-    predictors = Comparable(rdms(3), compare).form()
+    predictors = comparable(rdms(3), compare).form()
     monkeypatch.setattr("dynprobe.analyzers.numerics.rdm_units.BLOCK_BYTES", 2 * 8 * 66)
     found = unit_similarities(values, predictors, compare)
     dense = np.stack([pdist(values[:, [i]], "cityblock") for i in range(9)])
