@@ -100,7 +100,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
 @analyzer(
     returns=_returns(),
     figure=_draw,
-    table=("pwcca", "svcca", "mean_rho", "same_layer"),
+    table=("pwcca", "pwcca_chance", "svcca", "svcca_chance", "mean_rho", "same_layer"),
     matrix="pwcca",
     under=_under,
     cost=_cost,

@@ -87,7 +87,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
 @analyzer(
     returns=RETURNS,
     figure=similarity_figure("cka", "CKA"),
-    table=("cka", "same_layer"),
+    table=("cka", "cka_chance", "same_layer"),
     matrix="cka",
     cost=_cost,
     summary=summary("cka"),

@@ -138,7 +138,7 @@ def _summary(result: Result) -> dict[str, Any]:
 @analyzer(
     returns=PAIR_RETURNS,
     figure=draw_rsa,
-    table=("similarity", "same_layer"),
+    table=("similarity", "similarity_chance", "same_layer"),
     matrix="similarity",
     under=_under,
     skips=_skips,

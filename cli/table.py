@@ -171,8 +171,8 @@ def _entries(
     errors = np.full(values.shape, np.nan)
     if error is not None and error.dims == array.dims and error.values.dtype.kind in "fiu":
         errors = _rows_first(error, rows)[0]
-    if not dims:
-        yield name, values.tolist(), errors.tolist()
+    if not dims or (len(dims) > 1 and values[0].size == 1):
+        yield name, values.ravel().tolist(), errors.ravel().tolist()
     elif len(dims) == 1 and values.shape[1] <= MAX_ENTRIES:
         for i, label in enumerate(_entry_labels(result, dims[0], values.shape[1])):
             yield f"{name}{label}", values[:, i].tolist(), errors[:, i].tolist()

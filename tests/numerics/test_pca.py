@@ -69,6 +69,16 @@ class Counted(dict):
     __hash__ = object.__hash__
 
 
+@pytest.fixture
+def quick_collections():
+    """What was there before is not looked at again by the test's many collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 def test_however_long_the_run_one_checkpoint_is_in_memory_and_the_rest_is_bounded(monkeypatch) -> None:
     """A hundred checkpoints once took three float64 copies of the largest tensor of every one of them."""
     matrix = trajectory(30, 400)
