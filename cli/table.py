@@ -274,9 +274,10 @@ def _summary_lines(
     array = variables[name]
     error = variables.get(array.error)
     values, dims = (array.values, array.dims) if piece is None else (array.values[piece], array.dims[1:])
+    values = np.asarray(values)
     spread = np.full(values.shape, np.nan)
     if error is not None:
-        spread = error.values if piece is None else error.values[piece]
+        spread = np.asarray(error.values if piece is None else error.values[piece])
     cells = [_cell(v, e) for v, e in zip(values.ravel().tolist(), spread.ravel().tolist(), strict=True)]
     if len(dims) == 1 and dims[0] in result:
         labels = [f"{dims[0].removeprefix('summary_')} {number(x)}" for x in result[dims[0]].tolist()]
