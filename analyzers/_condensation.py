@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -272,6 +272,14 @@ class _Table:
             ratio = counted / (self._n_neurons - columns["zero_neurons"] - columns["small_neurons"])
         columns["effective_ratio"] = np.where(np.isfinite(ratio), ratio, np.nan)
         return {**self._counts, "relative_distance": relative, "relative_distance_all": together, **columns}
+
+
+def counted_neurons(arrays: Mapping[str, Any]) -> Floats:
+    """Neurons with a direction, shape (checkpoint, layer): neither zero nor below the least amplitude."""
+    left_out = np.asarray(arrays["zero_neurons"], dtype=float) + np.asarray(
+        arrays["small_neurons"], dtype=float
+    )
+    return np.asarray(np.asarray(arrays["n_neurons"], dtype=float) - left_out)
 
 
 def nearest(thresholds: ArrayLike) -> int:

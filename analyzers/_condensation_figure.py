@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._condensation import nearest
+from dynprobe.analyzers._condensation import counted_neurons, nearest
 from dynprobe.analyzers._condensation_summary import TOGETHER
 from dynprobe.analyzers._steps import space_steps
 from dynprobe.analyzers.core.result import FAILED, Result, unstack
@@ -52,8 +52,17 @@ def draw_condensation(result: Result, figure: Any, style: str = "") -> None:
         _draw_widths(result, figure)
     elif style == "neurons":
         _draw_neurons(runs[0], figure, named=len(runs) > 1)
+        _say_which(figure, runs, 1)
     else:
         _draw_curves(runs[:MOST_ROWS], figure)
+        _say_which(figure, runs, MOST_ROWS)
+
+
+def _say_which(figure: Any, runs: list[_Run], drawn: int) -> None:
+    """A title where not all runs are drawn: what stands below the figure names all of them."""
+    if len(runs) > drawn:
+        which = f"{runs[0].name}: 1" if drawn == 1 else f"the first {drawn}"
+        figure.suptitle(f"{which} of {len(runs)} runs", fontsize="medium")
 
 
 class _Run:
@@ -66,6 +75,8 @@ class _Run:
         self.chosen = nearest(thresholds)
         self.threshold = float(thresholds[self.chosen])
         self.rows = np.flatnonzero(np.isfinite(self["n_neurons"].astype(float)))
+        names = ("n_neurons", "zero_neurons", "small_neurons")
+        self.counted = counted_neurons({name: self[name] for name in names})
         self.layers = [_plain(str(name)) for name in self["layer"]]
 
     def __getitem__(self, name: str) -> Any:
@@ -83,9 +94,11 @@ class _Run:
         return np.arange(len(steps), dtype=float), "checkpoint"
 
     def share(self, end: str = "") -> Floats:
-        """Effective directions over neurons, shape (checkpoint, layer)."""
+        """Effective directions over the neurons that were counted, shape (checkpoint, layer)."""
         counts = self[f"effective_directions{end}"][..., self.chosen]
-        return np.asarray(counts / self["n_neurons"].astype(float), dtype=float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.asarray(counts / self.counted, dtype=float)
+        return np.where(np.isfinite(share), share, np.nan)
 
 
 def _plain(text: str) -> str:
@@ -105,8 +118,9 @@ def _draw_neurons(run: _Run, figure: Any, *, named: bool) -> None:
         matrices = [figure.add_subplot(places[i, column]) for column in (1, 2)]
         for moment, square in enumerate(matrices):
             image = _draw_similarity(square, run, j, moment)
-            count, total = run["effective_directions"][-moment, j, run.chosen], run["n_neurons"][j]
-            square.set_title(f"{('first', 'last')[moment]}: {count:g} of {total:g}", loc="left")
+            count, counted = run["effective_directions"][-moment, j, run.chosen], run.counted[-moment, j]
+            some = " counted" if counted < run["n_neurons"][j] else ""
+            square.set_title(f"{('first', 'last')[moment]}: {count:g} of {counted:g}{some}", loc="left")
         figure.colorbar(image, ax=matrices, shrink=0.8, label="cosine similarity" if i == 0 else None)
 
 
@@ -164,7 +178,7 @@ def _draw_curves(runs: list[_Run], figure: Any) -> None:
             seen = distance > 0
             right.plot(step[seen], distance[seen], color=colour, marker="o", markersize=2)
         left.set_ylim(0, 1.05)
-        left.set_ylabel(f"directions per neuron (cosine {run.threshold:g})")
+        left.set_ylabel(f"directions per counted\nneuron (cosine {run.threshold:g})")
         right.set_yscale("log")
         right.set_ylabel("relative distance")
         left.set_title(run.name if len(runs) > 1 else "", loc="left")

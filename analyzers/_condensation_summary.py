@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynprobe.analyzers._condensation import nearest
+from dynprobe.analyzers._condensation import counted_neurons, nearest
 from dynprobe.analyzers._findings import plus_minus
 from dynprobe.analyzers.core.result import FAILED, Piece, Result, Var, unstack
 from dynprobe.analyzers.numerics.width_slope import FEWEST_WIDTHS, UNDECIDED, regime, width_slope
@@ -47,6 +47,7 @@ class _Run:
     name: str
     layers: tuple[str, ...]
     n_neurons: Floats
+    counted: Floats  # at each checkpoint, shape (checkpoint, layer)
     distance: Floats
     norm: Floats
     arrays: Mapping[str, Any]
@@ -59,6 +60,7 @@ class _Run:
             str(piece.index.get("run", "")),
             tuple(str(name) for name in arrays["layer"][there]),
             arrays["n_neurons"][there].astype(float),
+            counted_neurons(arrays)[:, there],
             arrays["relative_distance"][:, there],
             arrays["weight_norm"][0, there],
             {
@@ -98,7 +100,10 @@ def summarise(result: Result) -> dict[str, Any]:
 
 @dataclass(frozen=True, order=True)
 class _Condensed:
-    """A layer with fewer directions than at the first checkpoint and than random neurons, in every order."""
+    """A layer with fewer directions than as many random neurons, and fewer per neuron than at first.
+
+    Both in every order, and of the neurons that were counted: one that was pruned has condensed into nothing.
+    """
 
     ratio: float
     layer: int
@@ -108,8 +113,9 @@ def _condensed(run: _Run, chosen: int) -> tuple[list[_Condensed], int]:
     """Those layers, the most condensed one first, and of how many the directions were counted."""
     low, high = (run.arrays[f"effective_directions_{end}"][..., chosen] for end in ("low", "high"))
     chance = run.arrays["chance_directions_low"][:, chosen]
-    fewer = (high[-1] < chance) & ((high[-1] < low[0]) if len(high) > 1 else True)
-    ratio = high[-1] / run.n_neurons
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio, at_first = high[-1] / run.counted[-1], low[0] / run.counted[0]
+    fewer = (high[-1] < chance) & ((ratio < at_first) if len(high) > 1 else True)
     found = sorted(_Condensed(float(ratio[i]), int(i)) for i in np.flatnonzero(fewer))
     return found, int(np.isfinite(high[-1]).sum())
 
@@ -132,23 +138,32 @@ def _findings(runs: list[_Run], chosen: int, threshold: float) -> list[str]:
 
 
 def _none(run: _Run, threshold: float) -> str:
-    first = "at the first and than " if len(run.distance) > 1 else ""
+    first = " and fewer per neuron than at the first" if len(run.distance) > 1 else ""
     return (
         "has condensed: at the last checkpoint none has, in every order, fewer directions "
-        f"(cosine {threshold:g}) than {first}random neurons have"
+        f"(cosine {threshold:g}) than random neurons have{first}"
     )
 
 
 def _most(run: _Run, layers: list[_Condensed], known: int, chosen: int, threshold: float) -> str:
     i = layers[0].layer
     low, high = (run.arrays[f"effective_directions_{end}"][:, i, chosen] for end in ("low", "high"))
-    before = f", {_range(low[0], high[0])} at the first checkpoint" if len(high) > 1 else ""
+    total = run.n_neurons[i]
+    first, last = (_neurons(run.counted[at, i], total) for at in (0, -1))
+    before = ""
+    if len(high) > 1:
+        of = "" if run.counted[0, i] == run.counted[-1, i] else f" of {first}"
+        before = f", {_range(low[0], high[0])}{of} at the first checkpoint"
     middle = run.arrays["chance_directions"][i, chosen]
     return (
-        f"{len(layers)} of {known} layers condensed, {run.layers[i]} most: {run.n_neurons[i]:g} neurons in "
+        f"{len(layers)} of {known} layers condensed, {run.layers[i]} most: {last} in "
         f"{_range(low[-1], high[-1])} direction{'s' if high[-1] > 1 else ''} (cosine {threshold:g}){before}, "
         f"{middle:.3g} if random"
     )
+
+
+def _neurons(counted: float, total: float) -> str:
+    return f"{total:g} neurons" if counted == total else f"the {counted:g} counted of {total:g} neurons"
 
 
 def _range(low: float, high: float) -> str:

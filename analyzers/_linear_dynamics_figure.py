@@ -111,5 +111,6 @@ def _outputs(panel: Any, run: RunView) -> None:
         drawn = drawn[np.isfinite(drawn)]
         margin = 0.3 * float(np.ptp(drawn)) or 1.0
         panel.set_ylim(float(drawn.min()) - margin, float(drawn.max()) + margin)
-    panel.set_ylabel("output of a sample")
+    some = f" ({len(COLOURS)} of {len(samples)})" if len(samples) > len(COLOURS) else ""
+    panel.set_ylabel(f"output of a sample{some}")
     panel.legend(loc="best")

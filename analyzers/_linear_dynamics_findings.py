@@ -17,6 +17,8 @@ HALF = 0.5
 """What is said about the residuals is said where the part in V_lin has fallen to this part of its start."""
 SURE = 2.0
 """Standard errors by which a difference has to exceed zero."""
+SMALL = 0.1
+"""Weight decay that shrinks the weights by more than this part of the level leaves a verdict undecided."""
 
 
 class RunView:
@@ -100,7 +102,7 @@ def _agreements(run: RunView, level: float) -> list[str]:
         known = np.flatnonzero(np.isfinite(values))
         text = _agreement(str(states[i]), steps[i], low[i], high[i], run.step, values, errors, known)
         if text:
-            text = _beside_batches(run, i, level, text)
+            text = _beside_decay(run, i, level, _beside_batches(run, i, level, text))
         if text and floor > level and name.startswith("paper"):
             text = (
                 f"undecided: a network of this width is expected to differ by {floor:.2g} (0.6 d/width), "
@@ -112,20 +114,43 @@ def _agreements(run: RunView, level: float) -> list[str]:
 
 
 def _beside_batches(run: RunView, i: int, level: float, text: str) -> str:
-    """What is said where the noise of batches is itself above the level when they first differ."""
+    """What is said where the noise of batches can itself be above the level when they first differ.
+
+    The run is one draw of batches: its distance from the linear model scatters like that of the draws made
+    here, whose mean is known up to its own error.
+    """
     values, errors = run.along("relative_mse")[:, i], run.along("relative_mse_stderr")[:, i]
     noises = run.along("batch_noise")[:, i]
+    scatter = noises + SURE * (run.along("batch_noise_std")[:, i] + run.along("batch_noise_stderr")[:, i])
+    most = np.maximum(scatter, SURE * noises)
     differ = np.flatnonzero(values > level)
-    if not len(differ) or not noises[differ[0]] > level:
+    if not len(differ) or most[differ[0]] <= level:
         return text
-    beyond = np.flatnonzero(values - SURE * errors > np.maximum(level, SURE * noises))
+    if not np.isfinite(most[differ[0]]):
+        return f"{text}; what batches alone would do is not known"
+    beyond = np.flatnonzero(values - SURE * errors > np.maximum(level, most))
     if not len(beyond):
-        return f"undecided: batches alone would make them differ by {noises[differ[0]]:.2g}; {text}"
+        at = int(differ[0])
+        alone = f"{noises[at]:.2g} (up to {most[at]:.2g})"
+        return f"undecided: batches alone would make them differ by {alone}; {text}"
     at = int(beyond[0])
     said = plus_minus(float(values[at]), float(errors[at]))
     return (
         f"beyond what batches alone would do they differ from step {run.step[at]:g} ({said}, batches alone "
-        f"{noises[at]:.2g}); before that it is undecided"
+        f"{noises[at]:.2g}, up to {most[at]:.2g}); before that it is undecided"
+    )
+
+
+def _beside_decay(run: RunView, i: int, level: float, text: str) -> str:
+    """What is said where weight decay, which the linear models lack, moves the network by itself."""
+    values, decay = run.along("relative_mse")[:, i], run.along("weight_decay_part")
+    known, differ = np.flatnonzero(np.isfinite(values)), np.flatnonzero(values > level)
+    at = int(differ[0] if len(differ) else known[-1])
+    if not decay[at] > SMALL * level:
+        return text
+    return (
+        f"undecided: weight decay is not in the linear models and shrinks the weights by a part of "
+        f"{decay[at]:.2g} up to step {run.step[at]:g}; {text}"
     )
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynprobe.analyzers._linear_dynamics_data import SQUARED, Samples, spread
+from dynprobe.analyzers import OptionError
+from dynprobe.analyzers._linear_dynamics_data import Samples, spread
+from dynprobe.analyzers._linear_dynamics_loss import Objective
 from dynprobe.analyzers._sampling import Meter
 from dynprobe.analyzers._training import SGD, training_facts
 from dynprobe.analyzers.numerics.affine_kernel import (
@@ -28,13 +30,13 @@ from dynprobe.analyzers.numerics.linear_model import (
     least_squares,
     shuffled,
 )
-from dynprobe.analyzers.numerics.losses import Loss
 from dynprobe.analyzers.numerics.two_layer import NotTwoLayer, early_features, recognise
 
 PAPER, ABLATED, MEASURED = "paper", "paper without norm", "measured kernel"
 FLOOR = 0.6
 """Relative mean squared error of a network of width m and its linear model is about this times d/m."""
-DRAWS = 4
+NO_DESCENT = "there is no linear model by gradient descent: relative_mse and what follows from it are NaN"
+DRAWS = 16
 """Descents on random batches."""
 CENTRED = 0.1
 """Part of mean ‖x‖² that the mean input may have before a note says that inputs are not centred."""
@@ -66,7 +68,16 @@ def features_of(model: nn.Module, batches: Any, samples: Samples) -> Features:
         model: At the first checkpoint.
         batches: The training data.
         samples: The same, gathered.
+
+    Raises:
+        OptionError: If nothing in it is trained.
     """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if len(frozen) == len(list(model.parameters())):
+        raise OptionError(
+            "every parameter of the network is frozen (requires_grad is False): it learns nothing.",
+            "Check --model.",
+        )
     first = next(iter(batches))[0]
     notes: list[str] = []
     sets: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -74,6 +85,8 @@ def features_of(model: nn.Module, batches: Any, samples: Samples) -> Features:
     try:
         if not isinstance(first, Tensor):
             raise NotTwoLayer("its inputs are not one tensor")
+        if frozen:
+            raise NotTwoLayer(f"frozen: {', '.join(frozen)}; the theorem trains both layers")
         found = recognise(model, first)
         psi = early_features(model, found, first, samples.inputs)
         sets = {PAPER: psi, ABLATED: lambda inputs: psi(inputs, norm=False)}
@@ -82,8 +95,9 @@ def features_of(model: nn.Module, batches: Any, samples: Samples) -> Features:
         notes += _centring(samples.inputs)
     except NotTwoLayer as reason:
         notes.append(
-            f"the network is not a two-layer fully connected one ({reason}): the features of the paper and "
-            f"the expected floor are left out; {MEASURED} has the features √a·x, √b of the kernel's fit"
+            f"the network is not a two-layer fully connected one that is trained whole ({reason}): "
+            f"the features of the paper and the expected floor are left out; {MEASURED} has the features "
+            "√a·x, √b of the kernel's fit"
         )
     kernel = _kernel(model, batches, samples)
     sets[MEASURED] = kernel.features
@@ -140,6 +154,7 @@ class Schedule:
         momentum: Heavy-ball coefficient.
         nesterov: Whether it is Nesterov's.
         batch_size: Of the run: 0 for all samples, None where it is not known or cannot be drawn.
+        decay: By which part weight decay shrinks the weights up to each reached checkpoint.
         notes: For the reader, with the reason where nothing is reached.
     """
 
@@ -150,6 +165,7 @@ class Schedule:
     momentum: float = 0.0
     nesterov: bool = False
     batch_size: int | None = None
+    decay: tuple[float, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -176,7 +192,7 @@ def schedule_of(
     """
     facts = dict(training or {})
     optimizer = str(facts.get("optimizer", "")).lower()
-    missing = "so there is no linear model by gradient descent: relative_mse and what follows from it are NaN"
+    missing = f"so {NO_DESCENT}"
     if not all(isinstance(s, int | float) and float(s).is_integer() and s >= 0 for s in steps):
         return Schedule(notes=(f"the checkpoints have no steps that are whole numbers, {missing}",))
     if optimizer not in SGD and not learning_rate:
@@ -211,7 +227,9 @@ def schedule_of(
             f"the linear models are followed for {linear_steps} steps (--linear-steps): relative_mse is NaN "
             f"where checkpoints lie beyond ({len(steps) - len(reached)} of {len(steps)})"
         )
-    return Schedule(float(origin), reached, after, rates, momentum, nesterov, size, tuple(notes))
+    strength = float(facts.get("weight_decay") or 0.0) / (1 - momentum if 0 <= momentum < 1 else 1.0)
+    decay = tuple(strength * sum(rates[:t]) for t in after)
+    return Schedule(float(origin), reached, after, rates, momentum, nesterov, size, decay, tuple(notes))
 
 
 def _training_notes(
@@ -262,7 +280,7 @@ def train(
     samples: Samples,
     start: Tensor,
     target: Tensor,
-    loss: Loss,
+    objective: Objective,
     shape: tuple[int, ...],
     schedule: Schedule,
     meter: Meter,
@@ -275,7 +293,7 @@ def train(
         samples: The training samples.
         start: Outputs at which it starts, shape (n_samples, n_outputs).
         target: In the outputs' space, the same shape.
-        loss: The run's.
+        objective: What the run descended on.
         shape: Of the outputs of one sample.
         schedule: Steps and learning rates.
         meter: Told of every step.
@@ -292,7 +310,8 @@ def train(
     def gradient(outputs: Tensor, rows: Rows) -> Tensor:
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(loss(leaf.reshape(-1, *shape), samples.targets[rows]), leaf)
+            value = objective.of_batch(leaf.reshape(-1, *shape), samples.targets[rows])
+            (slope,) = torch.autograd.grad(value, leaf)
         return slope
 
     def iterate(batches: Iterator[Tensor] | None) -> Tensor:
@@ -308,7 +327,7 @@ def train(
             progress=lambda _: meter.add(1, "steps of the linear models"),
         )
 
-    if loss.name in SQUARED:
+    if objective.squared:
         curvature = 2 / target.numel()
         weights = descend_by_modes(
             found,

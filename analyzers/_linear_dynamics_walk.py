@@ -68,7 +68,10 @@ class Walk:
             "residual_complement_stderr": split.outside_stderr,
             "loss": mean,
             "loss_stderr": stderr,
+            "weight_decay_part": math.nan,
         }
+        if place in self._schedule.reached:
+            row["weight_decay_part"] = self._schedule.decay[self._schedule.reached.index(place)]
         flat = as_rows(outputs)
         row["sample_output"] = flat[self._shown].numpy()
         row["linear_output"] = np.full_like(row["sample_output"], math.nan)
@@ -84,11 +87,14 @@ class Walk:
         if place not in self._schedule.reached:
             for variable in ("relative_mse", "linear_loss", "batch_noise"):
                 _append(row, variable, math.nan, math.nan)
+            row.setdefault("batch_noise_std", []).append(math.nan)
             return
         at = self._schedule.reached.index(place)
         model = self._models[name]
         change = self._features[name] @ model.weights[at]
-        _append(row, "batch_noise", *self._noise(name, change, at))
+        noise, noise_stderr, noise_std = self._noise(name, change, at)
+        _append(row, "batch_noise", noise, noise_stderr)
+        row.setdefault("batch_noise_std", []).append(noise_std)
         linear = self._start + change
         self._diverged |= not bool(torch.isfinite(linear).all())
         _append(row, "relative_mse", *ratio_of_means(_squares(flat - linear), _squares(change)))
@@ -97,15 +103,16 @@ class Walk:
         if shown:
             row["linear_output"] = linear[self._shown].numpy()
 
-    def _noise(self, name: str, change: Tensor, at: int) -> tuple[float, float]:
-        """Relative distance of descents on batches from that on all samples, with its error over draws."""
+    def _noise(self, name: str, change: Tensor, at: int) -> tuple[float, float, float]:
+        """Relative distance of descents on batches from that on all samples: mean, its error, and spread."""
         if self._schedule.batch_size is None:
-            return math.nan, math.nan
+            return math.nan, math.nan, math.nan
         if not self._schedule.batch_size:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         draws = [self._features[name] @ weights for weights in self._models[name].on_batches[:, at]]
         found = torch.tensor([ratio_of_means(_squares(one - change), _squares(change))[0] for one in draws])
-        return estimate(found)[:2]
+        mean, stderr, n = estimate(found)
+        return mean, stderr, stderr * math.sqrt(n)
 
     def values(self) -> dict[str, Any]:
         """All checkpoints, stacked, and the coordinates."""

@@ -60,7 +60,7 @@ RETURNS = {
     "threshold": Var(("threshold",), "", "Cosine above which a neuron has a direction"),
     **_directions("effective_directions", "Directions"),
     **_directions("effective_directions_unsigned", "Directions up to sign"),
-    "effective_ratio": _at_checkpoint("Directions per neuron, at the threshold nearest 0.95"),
+    "effective_ratio": _at_checkpoint("Directions per counted neuron, at the threshold nearest 0.95"),
     **_by_chance("chance_directions", "Directions"),
     **_by_chance("chance_directions_unsigned", "Directions up to sign"),
     "n_neurons": _of_layer("Neurons, or filters"),

@@ -10,10 +10,19 @@ import numpy as np
 import torch
 
 from dynprobe.analyzers import Measurement, OptionError, Range, Var, analyzer
-from dynprobe.analyzers._linear_dynamics_data import Samples, as_rows, collect, outputs_of, space_of
+from dynprobe.analyzers._linear_dynamics_data import Samples, Space, as_rows, collect, outputs_of, space_of
 from dynprobe.analyzers._linear_dynamics_figure import draw_linear_dynamics
 from dynprobe.analyzers._linear_dynamics_findings import findings
-from dynprobe.analyzers._linear_dynamics_model import DRAWS, Features, features_of, schedule_of, train
+from dynprobe.analyzers._linear_dynamics_loss import objective_of
+from dynprobe.analyzers._linear_dynamics_model import (
+    DRAWS,
+    NO_DESCENT,
+    Features,
+    Schedule,
+    features_of,
+    schedule_of,
+    train,
+)
 from dynprobe.analyzers._linear_dynamics_walk import Walk
 from dynprobe.analyzers._sampling import Meter, check_repeatable, check_seed, subset_note
 from dynprobe.analyzers.numerics.break_even import break_even_step
@@ -38,6 +47,12 @@ RETURNS = {
     **_pair("relative_mse", _SETS, "‖network − linear model‖²/‖change of the linear model‖²"),
     "batch_noise": Var(_SETS, "", "relative_mse that random batches alone would give", "batch_noise_stderr"),
     "batch_noise_stderr": Var(_SETS, "", "Standard error of batch_noise over draws of the batches"),
+    "batch_noise_std": Var(_SETS, "", "Standard deviation of that number between draws of the batches"),
+    "weight_decay_part": Var(
+        ("checkpoint",),
+        "",
+        "Part by which weight decay, which is not in the linear models, shrinks the weights",
+    ),
     **_pair("optimum_mse", _SETS, "‖network − least squares‖²/‖least squares‖²"),
     **_pair("loss", ("checkpoint",), "Loss of the network"),
     **_pair("linear_loss", _SETS, "Loss of the linear model"),
@@ -126,7 +141,8 @@ def linear_dynamics(
         batches: The training data, pairs (inputs, targets), re-iterable.
         loss: The loss, or a callable such as `F.cross_entropy`.
         test_batches: Test data, on which network and linear models are compared; else the training data.
-        training: The manifest's facts: learning_rate, schedule, optimizer, momentum, nesterov.
+        training: The manifest's facts: learning_rate, schedule, optimizer, momentum, nesterov, batch_size,
+            weight_decay.
         progress: Called with (done, total, what).
         constant: Whether the constant function is in V_lin.
         start: network starts the linear models at the outputs of the first checkpoint, as a network needs
@@ -151,7 +167,6 @@ def linear_dynamics(
     if level <= 0:
         raise OptionError(f"level {level:g} is never reached.", "Give a number above 0, such as 0.1.")
     check_seed(seed)
-    loss = as_loss(loss)
     own = collect(batches)
     seen_batches = batches if test_batches is None else test_batches
     seen = own if test_batches is None else collect(test_batches)
@@ -172,26 +187,31 @@ def linear_dynamics(
         n_samples=len(own),
         n_source=int(getattr(batches, "n_total", len(own))),
     )
-    last = max(schedule.steps, default=0)
 
     model = checkpoints[0].model
     with frozen_eval(model):
         check_repeatable(model, batches)
         features = features_of(model, batches, own)
-        descents = len(features.sets) * (1 + DRAWS * bool(schedule.batch_size))
-        meter = Meter(progress, len(checkpoints) + descents * last)
         first = outputs_of(model, batches, own.keep)
-        space = space_of(loss, first, own.targets)
+        space = space_of(as_loss(loss), first, own.targets)
+        target = space.target(own.targets)
+        objective = objective_of(loss, first, own.targets, target, model)
+        if objective.quadratic:  # whatever its name is
+            space = Space("identity", space.shape)
+        if schedule.reached and objective.refusal:
+            schedule = Schedule(notes=(f"{objective.refusal}: {NO_DESCENT}",))
         first_seen = first if seen is own else outputs_of(model, seen_batches, seen.keep)
+    last = max(schedule.steps, default=0)
+    descents = len(features.sets) * (1 + DRAWS * bool(schedule.batch_size))
+    meter = Meter(progress, len(checkpoints) + descents * last)
     flat, flat_seen = as_rows(first), as_rows(first_seen)
     if start == "zero":
         flat, flat_seen = torch.zeros_like(flat), torch.zeros_like(flat_seen)
-    target = space.target(own.targets)
     models = {
-        name: train(of, own, flat, target, loss, space.shape, schedule, meter, seed)
+        name: train(of, own, flat, target, objective, space.shape, schedule, meter, seed)
         for name, of in features.sets.items()
     }
-    walk = Walk(seen, space, loss, schedule, models, flat_seen, constant=constant, show=show)
+    walk = Walk(seen, space, objective.loss, schedule, models, flat_seen, constant=constant, show=show)
     for i, checkpoint in enumerate(checkpoints):
         model = checkpoint.model
         with frozen_eval(model):
@@ -206,6 +226,7 @@ def linear_dynamics(
         else f"compared on {len(seen):,} test samples; the linear models are trained on {len(own):,}",
         *subset_note(batches, ": the linear models are trained on this part"),
         *features.notes,
+        *objective.notes,
         *schedule.notes,
         *walk.notes(models),
     ]

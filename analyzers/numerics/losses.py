@@ -33,11 +33,13 @@ class Loss:
         name: What results and messages call it.
         per_sample: `(outputs, targets)` to the loss of each sample, shape `(n_samples,)`.
         accuracy: `(outputs, targets)` to the fraction that is right in each sample, shape `(n_samples,)`.
+        criterion: The callable that it was made of, as a run calls it on a batch; None for a loss of our own.
     """
 
     name: str
     per_sample: PerSample
     accuracy: PerSample
+    criterion: Callable[..., Tensor] | None = None
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean over samples, a scalar tensor through which gradients flow."""
@@ -89,12 +91,12 @@ def as_loss(function: Callable[..., Tensor], name: str = "") -> Loss:
             return function(outputs, targets, reduction="none")
 
     else:
-        return Loss(name, _one_by_one(function), _class_accuracy)
+        return Loss(name, _one_by_one(function), _class_accuracy, function)
 
     def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
         return _mean_within_sample(unreduced(outputs, targets))
 
-    return Loss(name, per_sample, _class_accuracy)
+    return Loss(name, per_sample, _class_accuracy, function)
 
 
 def _takes_reduction(function: Callable[..., Tensor]) -> bool:

@@ -21,8 +21,11 @@ from dynprobe.analyzers.numerics.fold import LINEAR, record
 
 TOLERANCE = 1e-4
 """Relative difference of values that count as equal; what is tried changes them by about 1."""
-LARGE = 8.0
-"""Largest input of an activation under test: tanh is linear, to rounding, for small ones."""
+LEVELS = (1e-2, 8.0, 1e3)
+"""Largest inputs of an activation under test: tanh is linear, to rounding, for small ones, a clipped ReLU
+up to where it is clipped, and a shrinking one far beyond what it takes away."""
+BEYOND = 8.0
+"""How far beyond the inputs that it has with the network's own weights an activation is tried out as well."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class _Pair:
         self._n = n_neurons(layer)
         self._generator = torch.Generator().manual_seed(0)
         self._given = self._made = torch.empty(0)
+        self._seen = 0.0
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
@@ -113,6 +117,8 @@ class _Pair:
         values = [tensor.detach().clone() for tensor in tensors]
         try:
             with torch.no_grad():
+                self._outputs(values[: len(list(self._layer.parameters()))])
+                self._seen = float(self._made.abs().max()) if self._made.numel() else 0.0
                 yield
         finally:
             for tensor, value in zip(tensors, values, strict=True):
@@ -139,13 +145,16 @@ class _Pair:
     def homogeneous(self) -> bool:
         """Whether twice the inputs of the activation are twice what the reader is given."""
         return all(
-            _equal(self._blocks(_scaled(self._large, 2 * sign)), 2 * self._blocks(_scaled(self._large, sign)))
+            _equal(self._blocks(_scaled(weights, 2 * sign)), 2 * self._blocks(_scaled(weights, sign)))
+            for weights in self._levels
             for sign in (1, -1)
         )
 
     def odd(self) -> bool:
         """Whether minus the inputs of the activation are minus what the reader is given."""
-        return _equal(self._blocks(_scaled(self._large, -1)), -self._blocks(self._large))
+        return all(
+            _equal(self._blocks(_scaled(weights, -1)), -self._blocks(weights)) for weights in self._levels
+        )
 
     def _alone(self) -> bool:
         """With the reader's weights at 0 the outputs do not depend on the layer."""
@@ -174,17 +183,21 @@ class _Pair:
 
     def _alike(self) -> bool:
         """Neurons with the same weights give the reader the same."""
-        same = [tensor[:1].expand_as(tensor) for tensor in self._large]
-        both = [self._blocks(_scaled(same, sign)) for sign in (1, -1)]
-        return all(_equal(blocks, blocks[:1].expand_as(blocks)) for blocks in both)
+        for weights in self._levels:
+            same = [tensor[:1].expand_as(tensor) for tensor in weights]
+            both = [self._blocks(_scaled(same, sign)) for sign in (1, -1)]
+            if not all(_equal(blocks, blocks[:1].expand_as(blocks)) for blocks in both):
+                return False
+        return True
 
     @cached_property
-    def _large(self) -> list[Tensor]:
-        """Weights with which the layer's outputs reach `LARGE`."""
+    def _levels(self) -> list[list[Tensor]]:
+        """Weights with which the layer's outputs reach each of `LEVELS`, and beyond what they are."""
         weights = self._random()
         self._outputs(weights)
         largest = float(self._made.abs().max())
-        return [tensor * (LARGE / largest if largest > 0 else 1.0) for tensor in weights]
+        levels = sorted({*LEVELS, *([BEYOND * self._seen] if 0 < self._seen < math.inf else [])})
+        return [_scaled(weights, level / largest if largest > 0 else 1.0) for level in levels]
 
     def _random(self) -> list[Tensor]:
         """Random weights, and biases where there are any."""

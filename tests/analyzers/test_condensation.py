@@ -426,3 +426,50 @@ def test_styles_of_the_figure_that_the_result_does_not_allow_are_refused():
         with pytest.raises(OptionError) as caught:
             declaration.figure(result, Figure(), style)
         assert said in f"{caught.value.message} {caught.value.tip}"
+
+
+def said_of(*models, **options):
+    result = stack("condensation", "run", [piece_of(condensation(checkpoints_of(*models), **options))], {})
+    return str(declaration_of(condensation).summary(result)["finding"][0])
+
+
+def test_neurons_that_were_pruned_or_left_out_are_not_said_to_have_condensed():
+    first = initialise(two_layer(60, nn.ReLU(), inputs=9), 1.0)
+    pruned, small = copy_of(first), copy_of(first)
+    with torch.no_grad():
+        for model, factor in ((pruned, 0.0), (small, 1e-6)):
+            for parameter in model[0].parameters():
+                parameter[20:] *= factor
+    assert said_of(first, pruned).startswith("no layer has condensed")
+    assert said_of(first, small, least_amplitude=1e-3).startswith("no layer has condensed")
+    with torch.no_grad():
+        for parameter in pruned[0].parameters():
+            parameter[:20] = parameter[:1].clone()
+    assert "0 most: the 20 counted of 60 neurons in 1 direction (cosine 0.95)" in said_of(first, pruned)
+    assert " of 60 neurons at the first checkpoint" in said_of(first, pruned)
+
+
+def figure_of(n_runs, style, **options):
+    from matplotlib.figure import Figure
+
+    models = [initialise(two_layer(6, nn.ReLU()), 1.0, seed) for seed in (0, 1)]
+    with torch.no_grad():
+        for parameter in models[1][0].parameters():
+            parameter[4:] = 0
+    found = condensation(checkpoints_of(*models), **options)
+    pieces = [piece_of(found, f"run_{k}") for k in range(n_runs)]
+    figure = Figure()
+    declaration_of(condensation).figure(stack("condensation", "run", pieces, {}), figure, style)
+    return figure
+
+
+def test_the_figure_says_which_of_several_runs_it_draws():
+    assert figure_of(4, "neurons").get_suptitle() == "run_0: 1 of 4 runs"
+    assert figure_of(4, "curves").get_suptitle() == "the first 3 of 4 runs"
+    assert figure_of(3, "curves").get_suptitle() == figure_of(1, "neurons").get_suptitle() == ""
+
+
+def test_the_figure_relates_directions_to_the_neurons_that_were_counted():
+    titles = [axis.get_title(loc="left") for axis in figure_of(1, "neurons").axes]
+    assert any(title.startswith("first: ") and title.endswith(" of 6") for title in titles)
+    assert any(title.startswith("last: ") and title.endswith(" of 4 counted") for title in titles)

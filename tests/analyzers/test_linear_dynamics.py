@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._linear_dynamics_findings import findings
-from dynprobe.analyzers._linear_dynamics_model import schedule_of
+from dynprobe.analyzers._linear_dynamics_model import DRAWS, schedule_of
 from dynprobe.analyzers.core.contract import declaration_of, labelled
 from dynprobe.analyzers.core.result import Array, Piece, Result, stack, tidy
 from dynprobe.analyzers.linear_dynamics import linear_dynamics
-from dynprobe.analyzers.numerics.losses import get_loss
+from dynprobe.analyzers.numerics.linear_model import shuffled
+from dynprobe.analyzers.numerics.losses import as_loss, get_loss
 
 MSE, CROSS_ENTROPY = get_loss("mse"), get_loss("cross_entropy")
 
@@ -293,15 +295,15 @@ def test_the_schedule_takes_momentum_and_cosine_rates_from_the_manifest():
     assert zero.steps == (20, 50)
 
 
-def on_batches(model, loss, data, steps, rate, size):
+def on_batches(model, loss, data, steps, rate, size, seed=11):
     inputs, targets = data
-    generator = torch.Generator().manual_seed(11)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     states = []
+    batches = shuffled(len(inputs), size, seed)
     for step in range(max(steps) + 1):
         if step in steps:
             states.append({name: t.clone() for name, t in model.state_dict().items()})
-        rows = torch.randperm(len(inputs), generator=generator)[:size]
+        rows = next(batches)
         optimizer.zero_grad()
         loss(model(inputs[rows]), targets[rows]).backward()
         optimizer.step()
@@ -330,10 +332,157 @@ def test_a_difference_beyond_the_noise_of_batches_is_named_with_its_step():
     for name, values in rows.items():
         found[name] = np.tile(np.array(values)[:, None], (1, 3))
         found[f"{name}_stderr"] = np.full((6, 3), 0.01)
+    found["batch_noise_std"] = np.full((6, 3), 0.03)
     found["agreement_state"] = np.array(["from the start"] * 3, dtype=object)
     result = stack("linear-dynamics", "run", [result_of(found)], {"options": {"level": 0.1}})
     text = next(text for text in findings(result)["finding"] if "(paper)" in text)
-    assert "they differ from step 5 (0.90 ± 0.01, batches alone 0.2)" in text
+    assert "they differ from step 5 (0.90 ± 0.01, batches alone 0.2, up to 0.4)" in text
+    found["batch_noise_std"] = np.full((6, 3), 0.5)
+    result = stack("linear-dynamics", "run", [result_of(found)], {"options": {"level": 0.1}})
+    texts = [text for text in findings(result)["finding"] if "relative error" in text]
+    assert all("undecided: batches alone would make them differ by 3 (up to 6)" in text for text in texts)
+
+
+def test_where_the_noise_of_batches_is_not_known_a_difference_says_so():
+    found = dict(erf_found(128))
+    result = stack("linear-dynamics", "run", [result_of(found)], {"options": {"level": 0.01}})
+    text = next(text for text in findings(result)["finding"] if "(measured kernel)" in text)
+    assert "they differ" in text
+    assert text.endswith("what batches alone would do is not known")
+
+
+@pytest.mark.parametrize("run_seed", [0, 4])
+def test_the_verdict_on_a_linear_network_trained_on_batches_depends_on_no_seed(run_seed):
+    data = normal(200, 5), torch.arange(200) % 3
+    torch.manual_seed(run_seed)
+    checkpoints = on_batches(
+        nn.Linear(5, 3).double(), CROSS_ENTROPY, data, [0, 1, 3, 8, 30], 0.5, 20, 90 + run_seed
+    )
+    said = []
+    for seed in range(8):
+        facts = {"learning_rate": 0.5, "batch_size": 20}
+        found = linear_dynamics(checkpoints, split(data), CROSS_ENTROPY, None, facts, seed=seed)
+        result = stack("linear-dynamics", "run", [result_of(found)], {"options": {"level": 0.01}})
+        said += [text for text in findings(result)["finding"] if "measured kernel" in text]
+        assert found["batch_noise_std"][1, 0] == pytest.approx(
+            found["batch_noise_stderr"][1, 0] * math.sqrt(DRAWS)
+        )
+    assert len(said) == 8
+    assert not any("they differ from" in text and "undecided: batches" not in text for text in said)
+
+
+def one_hot_half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 0.5 * ((outputs - targets) ** 2).sum(1).mean()
+
+
+@pytest.mark.parametrize("given", ["mse_loss", "mse"])
+def test_a_loss_called_mse_loss_is_descended_on_as_it_is(given):
+    data = normal(60, 5), normal(60, 3, seed=4)
+    custom = as_loss(one_hot_half_squares, given)
+    checkpoints = trained(nn.Linear(5, 3).double(), one_hot_half_squares, data, [0, 1, 5, 40], 0.1)
+    found = linear_dynamics(checkpoints, split(data), custom, None, {"learning_rate": 0.1})
+    assert np.nanmax(found["relative_mse"]) < 1e-20
+    own = trained(nn.Linear(5, 3).double(), nn.MSELoss(), data, [0, 1, 5, 40], 0.1)
+    found = linear_dynamics(own, split(data), nn.MSELoss(), None, {"learning_rate": 0.1})
+    assert np.nanmax(found["relative_mse"]) < 1e-20
+
+
+@pytest.mark.parametrize(
+    "given",
+    [nn.MSELoss(reduction="sum"), as_loss(functools.partial(nn.functional.mse_loss, reduction="sum"))],
+)
+def test_a_loss_that_is_a_sum_over_samples_has_no_linear_model_and_the_reason_is_said(given):
+    data = normal(60, 5), normal(60, 3, seed=4)
+    checkpoints = trained(nn.Linear(5, 3).double(), MSE, data, [0, 5], 0.1)
+    found = linear_dynamics(checkpoints, split(data), given, None, {"learning_rate": 0.1})
+    assert np.isnan(found["relative_mse"]).all()
+    assert np.isfinite(found["loss"]).all()
+    assert any("twice give 2 times the loss" in note and "NaN" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("as_given", [lambda loss: loss, as_loss], ids=["criterion", "Loss"])
+def test_class_weights_in_float32_are_descended_on_as_the_run_did(as_given):
+    data = normal(60, 5), torch.arange(60) % 3
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([5.0, 1.0, 1.0]))
+    checkpoints = trained(nn.Linear(5, 3).double(), copy.deepcopy(weighted).double(), data, [0, 3, 30], 0.5)
+    found = linear_dynamics(checkpoints, split(data), as_given(weighted), None, {"learning_rate": 0.5})
+    assert np.nanmax(found["relative_mse"]) < 1e-10
+    assert any("class weights?" in note for note in found.notes)
+    assert weighted.reduction == "mean"
+    assert weighted.weight.dtype == torch.float32
+
+
+def test_squared_errors_are_compared_as_outputs_whatever_the_loss_is_called():
+    data = normal(60, 5), torch.arange(60) % 3
+
+    def distance(outputs: Tensor, targets: Tensor) -> Tensor:
+        return one_hot_half_squares(outputs, nn.functional.one_hot(targets, 3))
+
+    checkpoints = trained(nn.Linear(5, 3).double(), distance, data, [0, 5], 0.1)
+    found = linear_dynamics(checkpoints, split(data), distance, None, {"learning_rate": 0.1})
+    same = linear_dynamics(checkpoints, split(data), MSE, None, {"learning_rate": 0.1 * 1.5})
+    for name in ("residual_linear", "residual_complement", "relative_mse", "optimum_mse"):
+        np.testing.assert_allclose(found[name], same[name], rtol=1e-9, atol=1e-20, err_msg=name)
+
+
+def test_a_criterion_that_sums_over_the_batch_is_refused_where_it_came_through_the_command_line_too():
+    checkpoints, data = small_run((0, 2))
+    criterion = as_loss(nn.CrossEntropyLoss(reduction="sum"))
+    found = linear_dynamics(checkpoints, split(data), criterion, None, FACTS)
+    assert np.isnan(found["relative_mse"]).all()
+    assert any("is no mean over the samples of a batch" in text for text in (*found.notes, found.reason))
+
+
+def test_a_loss_that_does_not_fit_the_targets_is_refused_in_the_users_words():
+    checkpoints, data = small_run((0,))
+    with pytest.raises(OptionError, match=r"the loss NLLLoss takes no outputs of shape \(7, 3\)"):
+        linear_dynamics(checkpoints, [(data[0], normal(40, 3))], nn.NLLLoss())
+
+
+def test_a_network_with_a_frozen_layer_is_not_compared_with_the_features_of_training_both():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    data = normal(40, 6), torch.arange(40) % 3
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    whole = linear_dynamics(Checkpoints(model, [state], [0]), split(data), CROSS_ENTROPY, None, FACTS)
+    assert "paper" in list(whole["feature_set"])
+    model[0].requires_grad_(False)
+    found = linear_dynamics(Checkpoints(model, [state], [0]), split(data), CROSS_ENTROPY, None, FACTS)
+    assert list(found["feature_set"]) == ["measured kernel"]
+    assert math.isnan(found["expected_floor"])
+    assert any("frozen: 0.weight, 0.bias" in note for note in found.notes)
+    assert found["kernel_slope"] < whole["kernel_slope"]
+    model.requires_grad_(False)
+    with pytest.raises(OptionError, match="every parameter of the network is frozen"):
+        linear_dynamics(Checkpoints(model, [state], [0]), split(data), CROSS_ENTROPY, None, FACTS)
+
+
+def test_weight_decay_that_is_not_small_leaves_the_verdict_undecided():
+    data = normal(60, 5), normal(60, 2, seed=4)
+    for strength, undecided in ((0.2, True), (1e-6, False)):
+        checkpoints = trained(nn.Linear(5, 2).double(), MSE, data, ERF_STEPS, 0.1, weight_decay=strength)
+        facts = {"learning_rate": 0.1, "weight_decay": strength, "momentum": 0.0}
+        found = linear_dynamics(checkpoints, split(data), MSE, None, facts)
+        np.testing.assert_allclose(found["weight_decay_part"], strength * 0.1 * np.array(ERF_STEPS))
+        result = stack("linear-dynamics", "run", [result_of(found)], {"options": {"level": 0.1}})
+        text = next(text for text in findings(result)["finding"] if "measured kernel" in text)
+        assert ("undecided: weight decay is not in the linear models" in text) is undecided
+    heavy = facts | {"momentum": 0.9}
+    schedule = schedule_of([0, 10], heavy, learning_rate=0, from_network=True, **LENGTHS)
+    assert schedule.decay == pytest.approx((0, 1e-6 * 0.1 * 10 / 0.1))
+
+
+def test_the_figure_says_how_many_of_the_shown_samples_it_draws():
+    from matplotlib.figure import Figure
+
+    from dynprobe.analyzers._linear_dynamics_figure import draw_linear_dynamics
+
+    checkpoints, data = small_run((0, 1, 2))
+    for show, said in ((40, "output of a sample (7 of 40)"), (7, "output of a sample")):
+        found = linear_dynamics(checkpoints, split(data), CROSS_ENTROPY, None, FACTS, show=show)
+        figure = Figure()
+        draw_linear_dynamics(stack("linear-dynamics", "run", [result_of(found)], {}), figure, "outputs")
+        assert figure.axes[0].get_ylabel() == said
 
 
 def test_the_noise_of_batches_is_zero_for_whole_batches_and_nan_with_a_reason_where_it_is_not_known():

@@ -207,3 +207,28 @@ def test_inputs_that_show_a_networks_connections_are_made_up_from_its_first_laye
     assert made_up_inputs(mlp(nn.ReLU())).shape == (4, 5)
     assert made_up_inputs(nn.Sequential(nn.Conv2d(3, 2, 3))).shape == (4, 3, 32, 32)
     assert made_up_inputs(nn.Sequential(nn.ReLU())) is None
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Hardtanh(0, 20), nn.Hardtanh(-20, 20), nn.Hardtanh(0, 1800), nn.Softshrink(1e-3), nn.GELU()],
+)
+def test_activations_that_are_homogeneous_only_in_a_part_of_their_range_are_not_called_so(activation):
+    assert not links(mlp(activation), data(8, 5))[0]["0"].homogeneous
+
+
+def test_an_activation_is_tried_out_beyond_the_inputs_that_it_has():
+    clipped = mlp(nn.Hardtanh(0, 5e5))
+    assert links(clipped, data(8, 5))[0]["0"].homogeneous
+    assert not links(clipped, 1e5 * data(8, 5))[0]["0"].homogeneous
+    assert links(mlp(nn.ReLU()), 1e5 * data(8, 5))[0]["0"].homogeneous
+
+
+def test_merging_neurons_of_a_relu_clipped_at_20_keeps_the_function():
+    model, inputs = mlp(nn.Hardtanh(0, 20)), 100 * data(20, 5)
+    with torch.no_grad():
+        model[0].weight[6:].copy_(2 * model[0].weight[:6])
+        model[0].bias[6:].copy_(2 * model[0].bias[:6])
+    before = model(inputs)
+    assert merge(model, links(model, inputs)[0]["0"], 0.999).sum() == 12
+    torch.testing.assert_close(model(inputs), before, rtol=0, atol=1e-12)
