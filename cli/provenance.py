@@ -81,7 +81,8 @@ def facts_of(request: Request, plan: Plan) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for prepared in plan.prepared:
         facts: dict[str, Any] = {"measured_on": dict(prepared.run.setup.facts(needed))}
-        dataset = prepared.dataset if plan.declaration.wants("batches") else None
+        used = "batches" in needed or plan.declaration.wants("activations")
+        dataset = prepared.dataset if used else None
         if dataset is not None:
             facts |= {
                 "data": dataset.source,
