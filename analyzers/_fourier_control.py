@@ -32,9 +32,11 @@ def classes_of(target: Tensor) -> Tensor:
     values = target - target.mean(0)
     if values.shape[1] > 1:
         values = values @ torch.linalg.eigh(values.T @ values).eigenvectors[:, -1:]
-    rank: Tensor = values[:, 0].argsort(stable=True).argsort()
+    _values, tied, counts = torch.unique(values[:, 0], return_inverse=True, return_counts=True)
+    # the middle of their ranks for all that are equal: else the order of the samples would part them
+    rank = (counts.cumsum(0) - (counts + 1) / 2)[tied]
     bins = max(1, min(max(BINS, n // BIN), n // FEWEST))
-    return torch.div(rank * bins, n, rounding_mode="floor")
+    return torch.div(rank * bins, n, rounding_mode="floor").long()
 
 
 def permuted_within(classes: Tensor, seed: int) -> Tensor:

@@ -70,9 +70,10 @@ def _with_evidence(run: _Run, verdict: str, at: NDArray[np.intp]) -> str:
     level = int(np.lexsort((-run.level, finite.sum(1), telling.sum(1)))[-1])
     cells = at[telling[level]]
     ratio, error = run["step_ratio"][level, cells], run["step_ratio_stderr"][level, cells]
-    return (
-        f"at LFR {_list(run.lfr[at])}: {_ratios(ratio, error, run.level[level])}{_control(run, level, cells)}"
-    )
+    others = at[~np.isin(at, cells)]
+    also = f"; also at LFR {_list(run.lfr[others])}, by other levels" if len(others) else ""
+    text = f"{_ratios(ratio, error, run.level[level])}{_control(run, level, cells)}"
+    return f"at LFR {_list(run.lfr[cells])}: {text}{also}"
 
 
 def _control(run: _Run, level: int, cells: NDArray[np.intp]) -> str:
@@ -102,8 +103,9 @@ def _ratios(ratio: Floats, error: Floats, level: float) -> str:
     first, never = ("e_low", "e_high") if np.isinf(ratio).any() else ("e_high", "e_low")
     if not len(known):
         return f"{first} falls under {level:g} within the run and {never} does not"
-    times = _extremes(ratio, error, known)
-    return f"{times} times as many steps until e_high < {level:g} as until e_low < {level:g}"
+    times = f"{_extremes(ratio, error, known)} times as many steps"
+    text = f"{times} until e_high < {level:g} as until e_low < {level:g}"
+    return text if len(known) == len(ratio) else f"{text}, and {never} never falls under it at the others"
 
 
 def _extremes(value: Floats, error: Floats, known: NDArray[np.intp]) -> str:

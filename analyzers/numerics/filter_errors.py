@@ -107,7 +107,7 @@ def first_below(step: Floats, error: Floats, level: float) -> Floats:
 
     Args:
         step: Ascending, shape (n_checkpoints,).
-        error: Shape (…, n_checkpoints); ends at the first NaN.
+        error: Shape (…, n_checkpoints); a checkpoint without an error is passed over.
         level: The level.
 
     Returns:
@@ -116,7 +116,9 @@ def first_below(step: Floats, error: Floats, level: float) -> Floats:
     """
     under = settled(error, level)
     at = under.argmax(-1)
-    before = np.maximum(at - 1, 0)
+    places = np.where(np.isnan(error), 0, np.arange(error.shape[-1]))
+    last_known = np.maximum.accumulate(places, -1)
+    before = np.take_along_axis(last_known, np.maximum(at - 1, 0)[..., None], -1)[..., 0]
 
     def taken(place: NDArray[np.intp]) -> Floats:
         return np.take_along_axis(error, place[..., None], -1)[..., 0]

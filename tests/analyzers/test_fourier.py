@@ -640,3 +640,13 @@ def test_data_that_have_no_frequencies_are_refused_in_words():
     mixed = [(inputs[:100], noise[:100]), (inputs[100:, :2], noise[100:])]
     with pytest.raises(OptionError, match="different sizes"):
         fourier(run_of_tables([torch.zeros(100, 1)], [0]), mixed, MSE, **ONLY_FILTER)
+
+
+def test_equal_targets_are_one_class_of_the_control_however_the_samples_are_sorted():
+    """Of a target with many zeros and else different values, none of the zeros may be told from another."""
+    target = torch.relu(torch.linspace(-1, 1, 600, dtype=torch.float64))[:, None]
+    place = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    classes = classes_of(target)
+    assert len(classes[target[:, 0] == 0].unique()) == 1
+    assert len(classes.unique()) > 5
+    assert torch.equal(classes_of(target[place]), classes[place])

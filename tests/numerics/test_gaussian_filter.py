@@ -260,3 +260,11 @@ def test_the_jackknife_of_a_mean_over_blocks_is_its_standard_error():
     deleted = (blocks.sum() - blocks) / 19
     found = WithError(np.array(blocks.mean()), deleted)
     assert float(found.stderr) == pytest.approx(blocks.std(ddof=1) / math.sqrt(20))
+
+
+def test_a_checkpoint_without_an_error_is_passed_over_when_a_crossing_is_sought():
+    step = np.array([1.0, 10.0, 100.0, 1000.0])
+    error = np.array([[1.0, math.nan, 0.01, 0.01], [1.0, 0.5, 0.01, 0.01]])
+    found = first_below(step, error, 0.1)
+    assert found[0] == pytest.approx(10.0)  # half-way in logarithms from 1 to 100
+    assert np.isfinite(found[1])
