@@ -163,7 +163,7 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
 
 
 def test_equal_paths_get_equal_short_labels():
-    assert run_labels([Path("/work/a.npy"), Path("/work/a.npy")]) == ["a.npy", "a.npy"]
+    assert run_labels([Path("/data/a.npy"), Path("/data/a.npy")]) == ["a.npy", "a.npy"]
     assert run_labels([Path("/x/a"), Path("/x/a"), Path("/y/a")]) == ["x/a", "x/a", "y/a"]
     assert run_labels([Path("/a"), Path("/y/a"), Path("/")]) == ["a", "y/a", "/"]
 
