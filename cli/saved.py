@@ -15,12 +15,12 @@ from dynprobe.io.manifest import Manifest
 from dynprobe.io.run_folders import list_run
 from dynprobe.io.run_specs import run_labels
 from dynprobe.io.saved_activations import SavedActivations, is_saved
+from dynprobe.io.saved_arrays import READERS
 from dynprobe.io.selection import select_steps
 
 if TYPE_CHECKING:
     from dynprobe.cli.request import Request
 
-SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".safetensors")
 OF_NETWORKS = ("model", "model_arg", "data", "data_arg", "samples", "key", "ema", "step_pattern")
 """Options that say how networks are found and run: with saved activations alone they would mean nothing."""
 
@@ -69,7 +69,7 @@ def _check_options(request: Request, stretches: Sequence[tuple[list[str], list[P
 
 def _saved_in(folder: Path, *, transpose: bool) -> list[str]:
     """The files of a folder of saved activations without checkpoints, as `--keep-activations` writes."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS)
     try:
         if not files or not all(is_saved(p, transpose=transpose) for p in files):
             return []
