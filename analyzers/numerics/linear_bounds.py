@@ -1,0 +1,248 @@
+"""Linear functions that bound a network from below and above on boxes of its inputs, many boxes at a time.
+
+Hidden neurons are bounded forwards by linear functions of the k inputs, the outputs backwards through all
+layers (CROWN: Zhang, Weng, Chen, Hsieh and Daniel, "Efficient neural network robustness certification with
+general activation functions", NeurIPS 2018). Both are exact where no neuron changes its slope within the box,
+so that splitting boxes ends.
+
+Arrays have the boxes last, so that every product with a weight matrix is one large product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynprobe.analyzers.numerics.layered_network import (
+    Activation,
+    Floats,
+    LayeredNetwork,
+    Matrix,
+    product,
+)
+
+
+@dataclass(frozen=True)
+class LinearBounds:
+    """Bounds of r outputs on n boxes: low_i(u) ≤ f_i(u) ≤ high_i(u) for all u in the box.
+
+    Functions are given in coordinates t of the box, u = centre + radius t with t in [-1, 1]^k: entry 0 is the
+    constant, the others are slopes.
+
+    Args:
+        low_function: (r, 1 + k, n).
+        high_function: (r, 1 + k, n).
+        low: Least value of the outputs, (r, n).
+        high: Largest value, (r, n).
+        neurons: For every hidden layer the least and the largest z, each (n_neurons, n).
+    """
+
+    low_function: Floats
+    high_function: Floats
+    low: Floats
+    high: Floats
+    neurons: tuple[tuple[Floats, Floats], ...]
+
+    @property
+    def n_unstable(self) -> np.ndarray:
+        """How many neurons may change their slope within each box, (n,)."""
+        n_boxes = self.low.shape[1]
+        return sum(((l < 0) & (h > 0)).sum(0) for l, h in self.neurons) + np.zeros(n_boxes, int)  # noqa: E741
+
+
+def bound(network: LayeredNetwork, low: Floats, high: Floats, *, backward: bool = False) -> LinearBounds:
+    """Bound the outputs of a network on boxes.
+
+    Cost: forwards 4 (k + 1) and backwards 2 r products with every weight matrix per box; with `backward`
+    instead twice as many as there are neurons, which is tighter and for a few boxes of many inputs only.
+
+    Args:
+        network: With k inputs and r outputs.
+        low: Lower corners, (k, n).
+        high: Upper corners, (k, n).
+        backward: Bound hidden neurons backwards too.
+    """
+    centre, radius = (low + high) / 2, (high - low) / 2
+    k, n = centre.shape
+    start = np.zeros((k, k + 1, n))
+    start[:, 0] = centre
+    start[np.arange(k), np.arange(k) + 1] = radius
+    functions: list[tuple[Floats, Floats]] = [(start, start)]
+    neurons: list[tuple[Floats, Floats]] = []
+    relaxations: list[Relaxation] = []
+    for i, layer in enumerate(network.layers[:-1]):
+        assert layer.activation is not None
+        under, over = _affine(layer.sources, layer.bias, functions)
+        least, most = _least(under), _most(over)
+        if backward and i:
+            tight = _backward(network, i, np.eye(layer.n_neurons), centre, radius, relaxations)
+            least, most = np.maximum(least, _least(tight[0])), np.minimum(most, _most(tight[1]))
+        relaxation = relax(layer.activation, least, most)
+        neurons.append((least, most))
+        relaxations.append(relaxation)
+        functions.append(relaxation.through(under, over))
+    under, over = _affine(network.layers[-1].sources, network.layers[-1].bias, functions)
+    last = len(network.layers) - 1
+    if not last:
+        return LinearBounds(under, over, _least(under), _most(over), ())
+    tight = _backward(network, last, np.eye(network.n_outputs), centre, radius, relaxations)
+    return LinearBounds(
+        tight[0],
+        tight[1],
+        np.maximum(_least(tight[0]), _least(under)),
+        np.minimum(_most(tight[1]), _most(over)),
+        tuple(neurons),
+    )
+
+
+def _least(function: Floats) -> Floats:
+    return np.asarray(function[:, 0] - np.abs(function[:, 1:]).sum(1))
+
+
+def _most(function: Floats) -> Floats:
+    return np.asarray(function[:, 0] + np.abs(function[:, 1:]).sum(1))
+
+
+def _affine(
+    sources: tuple[tuple[int, Matrix], ...], bias: Floats, functions: list[tuple[Floats, Floats]]
+) -> tuple[Floats, Floats]:
+    """Bounding functions of z = Σ W a + b from those of the a, by their middle and half their distance."""
+    middle: Floats | float = 0.0
+    spread: Floats | float = 0.0
+    for j, matrix in sources:
+        under, over = functions[j]
+        if under is over:
+            middle = middle + product(matrix, under)
+        else:
+            middle = middle + product(matrix, (under + over) / 2)
+            spread = spread + product(abs(matrix), (over - under) / 2)
+    middle = np.asarray(middle)
+    middle[:, 0] += bias[:, None]
+    return np.asarray(middle - spread), np.asarray(middle + spread)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Lines below and above an activation: low_slope z + low_offset ≤ σ(z) ≤ high_slope z + high_offset.
+
+    All arrays are (n_neurons, n_boxes) and hold for z within the neuron's bounds.
+    """
+
+    low_slope: Floats
+    low_offset: Floats
+    high_slope: Floats
+    high_offset: Floats
+
+    def through(self, under: Floats, over: Floats) -> tuple[Floats, Floats]:
+        """Functions that bound σ(z), from those that bound z."""
+        below, above = self.low_slope[:, None], self.high_slope[:, None]
+        low = np.where(below >= 0, below * under, below * over)
+        high = np.where(above >= 0, above * over, above * under)
+        low[:, 0] += self.low_offset
+        high[:, 0] += self.high_offset
+        return low, high
+
+
+def relax(activation: Activation, least: Floats, most: Floats) -> Relaxation:
+    """Lines below and above an activation for z in [least, most]."""
+    if activation.is_smooth:
+        return _relax_smooth(activation, least, most)
+    below, above = activation.below[:, None], activation.above[:, None]
+    zero = np.zeros_like(least)
+    slope = np.where(least >= 0, above, below) + zero  # right wherever the slope does not change
+    unstable = (least < 0) & (most > 0)
+    width = np.where(unstable, most - least, 1.0)
+    chord = np.where(unstable, (above * most - below * least) / width, slope)
+    offset = np.where(unstable, (below - chord) * least, 0.0)
+    # Either slope gives a line on the other side; the one that leaves less room between it and the chord.
+    line = np.where(unstable, np.where(most > -least, above, below), slope)
+    convex = above >= below
+    return Relaxation(
+        np.where(convex, line, chord),
+        np.where(convex, zero, offset),
+        np.where(convex, chord, line),
+        np.where(convex, offset, zero),
+    )
+
+
+def _relax_smooth(activation: Activation, least: Floats, most: Floats) -> Relaxation:
+    """For tanh and the sigmoid: convex below zero, concave above, steepest at zero."""
+
+    def slope_at(z: Floats) -> Floats:
+        value = activation(z)
+        return np.asarray(1 - value**2 if activation.kind == "tanh" else value * (1 - value))
+
+    at_least, at_most = activation(least), activation(most)
+    width = most - least
+    middle = (least + most) / 2
+    tangent = slope_at(middle)
+    chord = np.where(width > 1e-12, (at_most - at_least) / np.where(width > 1e-12, width, 1.0), tangent)
+    flat = np.minimum(slope_at(least), slope_at(most))  # no derivative in between is smaller
+    convex, concave = most <= 0, least >= 0
+    low_slope = np.where(concave, chord, np.where(convex, tangent, flat))
+    high_slope = np.where(convex, chord, np.where(concave, tangent, flat))
+    through_middle = activation(middle)
+    low_value = np.where(concave, at_least - low_slope * least, at_least - flat * least)
+    low_offset = np.where(convex, through_middle - tangent * middle, low_value)
+    high_value = np.where(convex, at_most - high_slope * most, at_most - flat * most)
+    high_offset = np.where(concave, through_middle - tangent * middle, high_value)
+    return Relaxation(low_slope, low_offset, high_slope, high_offset)
+
+
+def _backward(
+    network: LayeredNetwork,
+    index: int,
+    rows: Floats,
+    centre: Floats,
+    radius: Floats,
+    relaxations: list[Relaxation],
+) -> tuple[Floats, Floats]:
+    """Functions of t that bound `rows @ z` of a layer, substituting layer after layer."""
+    shared = network, index, rows, centre, radius, relaxations
+    return _substitute(*shared, lower=True), _substitute(*shared, lower=False)
+
+
+def _substitute(
+    network: LayeredNetwork,
+    index: int,
+    rows: Floats,
+    centre: Floats,
+    radius: Floats,
+    relaxations: list[Relaxation],
+    *,
+    lower: bool,
+) -> Floats:
+    r, n = len(rows), centre.shape[1]
+    constant = np.zeros((r, n))
+    # what multiplies a_j of every layer, (n_neurons, r, n); layers are met from the last to the first
+    pending: dict[int, Floats] = {}
+
+    def spread(sources: tuple[tuple[int, Matrix], ...], bias: Floats, factors: Floats) -> None:
+        nonlocal constant
+        constant = constant + np.einsum("i,irn->rn", bias, factors)
+        for j, matrix in sources:
+            part = product(matrix.T, factors)
+            pending[j] = pending[j] + part if j in pending else part
+
+    first = network.layers[index]
+    spread(first.sources, first.bias, np.repeat(rows.T[:, :, None], n, 2))
+    for j in range(index, 0, -1):
+        if j not in pending:
+            continue
+        factors, relaxation, layer = pending.pop(j), relaxations[j - 1], network.layers[j - 1]
+        low, high = (
+            (relaxation.low_slope, relaxation.low_offset),
+            (relaxation.high_slope, relaxation.high_offset),
+        )
+        if not lower:
+            low, high = high, low
+        positive, negative = np.maximum(factors, 0), np.minimum(factors, 0)
+        constant = constant + np.einsum("irn,in->rn", positive, low[1])
+        constant = constant + np.einsum("irn,in->rn", negative, high[1])
+        spread(layer.sources, layer.bias, positive * low[0][:, None] + negative * high[0][:, None])
+    inputs = pending.get(0, np.zeros((len(centre), r, n)))
+    function = np.empty((r, 1 + len(centre), n))
+    function[:, 0] = constant + np.einsum("krn,kn->rn", inputs, centre)
+    function[:, 1:] = (inputs * radius[:, None]).transpose(1, 0, 2)
+    return function
