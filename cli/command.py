@@ -11,6 +11,9 @@ import typer
 from dynprobe.analyzers.core.contract import Declaration
 from dynprobe.cli.request import Request, shared_options
 
+REPLACEABLE = {"samples"}
+"""Shared options that an analyzer may have in its own way: one that looks at single samples chooses them."""
+
 RUNS_HELP = "Folders of checkpoints, checkpoint files, globs, or - for paths on stdin."
 
 
@@ -22,7 +25,10 @@ def command(declaration: Declaration, analyzer: str = "") -> Callable[..., None]
         analyzer: How `Request.analyzer` names it; its name by default.
     """
     own = [o for o in declaration.options if o.name != "seed"]
-    shared = [f for f in shared_options() if _applies(declaration, f.metadata["needs"])]
+    replaced = {o.name for o in own} & REPLACEABLE
+    shared = [
+        f for f in shared_options() if _applies(declaration, f.metadata["needs"]) and f.name not in replaced
+    ]
     taken = {f.name for f in shared}
     if clash := [o.name for o in own if o.name in taken]:
         raise TypeError(

@@ -127,11 +127,14 @@ def prepare(request: Request, declaration: Declaration | None = None) -> list[Pr
         InputError: If a run or step does not exist, or an option cannot be parsed.
     """
     if declaration is None or not declaration.wants("activations"):
-        return _prepare_networks(request, request.runs, SharedData(request))
+        prepared = _prepare_networks(request, request.runs, SharedData(request))
+        for each in prepared:
+            each.run.others = [other.run for other in prepared]
+        return prepared
     from dynprobe.cli.saved import prepare_saved, told_apart
 
     shared = SharedData(request, one_model=not declaration.wants("model"))
-    prepared: list[PreparedRun] = []
+    prepared = []
     for runs, files in told_apart(request):
         prepared += prepare_saved(request, files, shared) if files else []
         prepared += _prepare_networks(request, runs, shared) if runs else []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynprobe.io.code import names_code, resolve_callable
+from dynprobe.io.data_names import Named, check_named
 from dynprobe.io.errors import UnusableData
 from dynprobe.io.hashing import content_hash
 from dynprobe.io.spec import Spec
@@ -27,7 +28,7 @@ _GPU_SHARE = 0.25
 
 
 @dataclass
-class Samples:
+class Samples(Named):
     """What a source yields, before it is checked.
 
     Args:
@@ -44,7 +45,7 @@ class Samples:
 
 
 @dataclass
-class Dataset:
+class Dataset(Named):
     """Data in memory, on the CPU, in the order of its source.
 
     Args:
@@ -66,7 +67,7 @@ class Dataset:
 
     @cached_property
     def hash(self) -> str:
-        """Content hash over names, dtypes, shapes and bytes of the tensors used."""
+        """Content hash over names, dtypes, shapes and bytes of the tensors used, not over feature names."""
         return content_hash(dict(named_tensors(self.inputs, self.targets)))
 
     def batches(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> Batches:
@@ -90,12 +91,14 @@ class Dataset:
 
         place = torch.device(device)
         if _fits(place, named_tensors(self.inputs, self.targets)):
-            return Batches(each(self.inputs, move), move(self.targets), batch_size, place, self.n_total)
-        return Batches(self.inputs, self.targets, batch_size, place, self.n_total, move)
+            inputs, targets, each_time = each(self.inputs, move), move(self.targets), None
+        else:
+            inputs, targets, each_time = self.inputs, self.targets, move
+        return Batches(inputs, targets, batch_size, place, self.n_total, each_time, **self.names())
 
 
 @dataclass
-class Batches:
+class Batches(Named):
     """Batches `(inputs, targets)` in fixed order; sized, and can be walked any number of times.
 
     `n_total` is the number of samples of the source, of which these may be a subset.
@@ -141,8 +144,8 @@ def load_data(spec: Spec, *, trust: bool = False, samples: int | None = None, se
         The data in memory.
 
     Raises:
-        UnusableData: The source is unknown or unreadable, empty, has NaN, or inputs and targets differ in
-            length.
+        UnusableData: The source is unknown or unreadable, empty, has NaN, inputs and targets differ in
+            length, or names of features or classes are not those of the data.
         UntrustedCode: A manifest names code and `trust` is off; nothing was run.
     """
     if samples is not None and samples < 1:
@@ -159,7 +162,8 @@ def load_data(spec: Spec, *, trust: bool = False, samples: int | None = None, se
         found.inputs, found.targets = each(found.inputs, lambda t: t[rows]), found.targets[rows]
     inputs, targets = each(found.inputs, _numeric), _numeric_targets(found.targets)
     _check_finite(inputs, targets, source)
-    return Dataset(inputs, targets, found.n_total, source)
+    check_named(found, inputs, targets, source)
+    return Dataset(inputs, targets, found.n_total, source, **found.names())
 
 
 def _read(spec: Spec, trust: bool, choose: Callable[[int], Tensor | None]) -> Samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dynprobe.io.data_names import NAME_FIELDS, Named, names_of
 from dynprobe.io.errors import InputError, UnusableData
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ def materialise(factory: Callable[..., Any], spec: Spec, choose: Callable[[int],
     """Call the user's function and collect what it returns.
 
     Args:
-        factory: Returns `(inputs, targets)` tensors or arrays, a dict with `labels`, a torch `Dataset` (only
-            the chosen items are read), or an iterable of batches such as a `DataLoader` (read once; a
-            shuffled one is read with a fixed seed).
+        factory: Returns `(inputs, targets)` tensors or arrays, an object that has them as attributes, a dict
+            with `labels`, a torch `Dataset` (only the chosen items are read), or an iterable of batches such
+            as a `DataLoader` (read once; a shuffled one is read with a fixed seed). What it returns, or the
+            `dataset` of that, may have the attributes of `Named`.
         spec: Its name and arguments.
         choose: Number of items to the indices to keep, or None for all.
 
@@ -30,24 +32,49 @@ def materialise(factory: Callable[..., Any], spec: Spec, choose: Callable[[int],
         UnusableData: The call fails, or returns none of these.
     """
     import torch
-    from torch.utils.data import Dataset as TorchDataset
-
-    from dynprobe.io.data import Samples
 
     # Loaders draw from the global generators; the analysis must neither depend on them nor move them.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
             found = factory(**spec.args)
-            if isinstance(found, TorchDataset) and hasattr(found, "__len__"):
-                return _from_items(found, choose, spec.name)
-            pair = _pair(found)
-            inputs, targets = pair or _from_batches(found, spec.name)
+            samples = _collect(found, choose, spec.name)
+            _take_names(found, samples, spec.name)
         except InputError:
             raise
         except Exception as error:
             raise UnusableData(f"{spec.name} fails: {type(error).__name__}: {error}") from error
+    return samples
+
+
+def _collect(found: Any, choose: Callable[[int], Tensor | None], name: str) -> Samples:
+    """Inputs and targets of whatever it is."""
+    from torch.utils.data import Dataset as TorchDataset
+
+    from dynprobe.io.data import Samples
+
+    if isinstance(found, TorchDataset) and hasattr(found, "__len__"):
+        return _from_items(found, choose, name)
+    if hasattr(found, "inputs") and hasattr(found, "targets"):
+        found = (found.inputs, found.targets)
+    inputs, targets = _pair(found) or _from_batches(found, name)
     return Samples(inputs, targets, len(targets))
+
+
+def _take_names(found: Any, named: Named, name: str) -> None:
+    """From the attributes of what was returned, or of the data set that it wraps."""
+    import numpy as np
+
+    for place in (getattr(found, "dataset", None), found):
+        for field in NAME_FIELDS:
+            if hasattr(place, field):
+                setattr(named, field, names_of(getattr(place, field), field, name))
+        offset, scale = (getattr(place, field, None) for field in ("feature_offset", "feature_scale"))
+        if offset is not None or scale is not None:
+            offset, scale = 0.0 if offset is None else offset, 1.0 if scale is None else scale
+            named.feature_offset, named.feature_scale = np.broadcast_arrays(
+                np.asarray(offset, np.float64), np.asarray(scale, np.float64)
+            )
 
 
 def _from_items(items: Any, choose: Callable[[int], Tensor | None], name: str) -> Samples:

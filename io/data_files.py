@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynprobe.io.data_names import NAME_FIELDS, names_of
 from dynprobe.io.errors import UnusableData
 from dynprobe.io.names import shortlist, suggestion
 from dynprobe.io.spec import shown
-from dynprobe.io.transforms import check_names, transform
+from dynprobe.io.transforms import check_names, standardised, transform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,22 @@ if TYPE_CHECKING:
 INPUT_NAMES = ("x", "inputs", "input", "images", "image", "data", "features", "input_ids")
 TARGET_NAMES = ("y", "targets", "target", "labels", "label", "class", "species")
 _TOKEN_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-_ARGS = ("inputs", "targets", "split")
+_ARGS = ("inputs", "targets", "split", "standardize", *NAME_FIELDS)
+
+
+@dataclass
+class _Content:
+    """What a file holds.
+
+    Args:
+        arrays: Tensors by name.
+        names: What it holds under `NAME_FIELDS`.
+        classes: Of a table, the words that became class numbers, by column.
+    """
+
+    arrays: dict[str, Tensor]
+    names: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_file(path: Path, args: Mapping[str, Any]) -> Samples:
@@ -29,7 +46,13 @@ def read_file(path: Path, args: Mapping[str, Any]) -> Samples:
     Args:
         path: The file; its suffix says what it is.
         args: `inputs` and `targets`: names of arrays or columns, where they are not the usual ones; `split`:
-            use `train_x` or `x_train` (for `split=train`) rather than `x`; and the transformations.
+            use `train_x` or `x_train` (for `split=train`) rather than `x`; `feature_names` and `class_names`:
+            in place of the file's own; `standardize` (`.csv` only): subtract the mean and divide by the
+            standard deviation of the file's own rows, column by column; and the transformations.
+
+    Returns:
+        The data. Features and classes have the names that stand under `NAME_FIELDS` in the file; the features
+        of a `.csv` file those of its columns, its classes the words of the target's column.
 
     Raises:
         UnusableData: The file is missing, damaged, of no known kind, or has no such names.
@@ -46,48 +69,70 @@ def read_file(path: Path, args: Mapping[str, Any]) -> Samples:
     if not path.is_file():
         raise UnusableData(f"{source}: no such file.")
     try:
-        arrays = READERS[path.suffix](path)
+        content = READERS[path.suffix](path)
     except UnusableData:
         raise
     except Exception as error:
         raise UnusableData(f"{source}: cannot be read: {type(error).__name__}: {error}") from error
     choose = _choose_columns if path.suffix == ".csv" else _choose_arrays
-    inputs, targets = choose(arrays, args, source)
+    inputs, targets, names = choose(content, args, source)
     n_total = len(targets) if targets.ndim else 0
-    return transform(Samples(inputs, targets, n_total), args, source)
+    names |= {key: args[key] for key in NAME_FIELDS if key in args}
+    names = {key: names_of(value, key, source) for key, value in names.items()}
+    units: dict[str, Any] = {}
+    if args.get("standardize"):
+        inputs, units = _standardised_rows(inputs)
+    return transform(Samples(inputs, targets, n_total, **names, **units), args, source)
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
+def _standardised_rows(inputs: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """By the finite rows, so that a value that is missing is still reported as that of its own sample."""
+    import torch
+
+    rows = inputs[inputs.isfinite().all(1)]
+    if not len(rows):
+        return inputs, {}
+    features, units = standardised(inputs.numpy(), rows.numpy())
+    return torch.from_numpy(features), units
+
+
+def _read_npz(path: Path) -> _Content:
     import numpy as np
     import torch
 
     # Opened here because np.load leaves a damaged file open.
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
+        names = {name: file[name] for name in NAME_FIELDS if name in file.files}
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name not in names}
+    return _Content(arrays, names)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> _Content:
     from safetensors.torch import load_file
 
-    return load_file(path)
+    return _Content(load_file(path))
 
 
-def _read_hdf5(path: Path) -> dict[str, Tensor]:
+def _read_hdf5(path: Path) -> _Content:
     import h5py
     import torch
 
-    arrays: dict[str, Tensor] = {}
+    content = _Content({})
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biuf":
-            arrays[name] = torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()].item())
+        if not isinstance(item, h5py.Dataset):
+            return
+        if name in NAME_FIELDS:
+            content.names[name] = item[()]
+        elif item.dtype.kind in "biuf":
+            content.arrays[name] = torch.from_numpy(item[()]) if item.shape else torch.tensor(item[()].item())
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)
-    return arrays
+    return content
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> _Content:
     import torch
 
     content = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,10 +143,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{shown(path)}: holds a {type(content).__name__}.",
             "It must hold a dict of tensors, or (inputs, targets).",
         )
-    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    names = {name: content[name] for name in NAME_FIELDS if name in content}
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return _Content({name: tensor for name, tensor in tensors.items() if name not in names}, names)
 
 
-def _read_csv(path: Path) -> dict[str, Tensor]:
+def _read_csv(path: Path) -> _Content:
     """Columns by the names in the first row; text becomes class numbers in alphabetical order."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = [row for row in csv.reader(file) if row]
@@ -113,23 +160,31 @@ def _read_csv(path: Path) -> dict[str, Tensor]:
             raise UnusableData(
                 f"{shown(path)}: row {number} has {len(row)} values, the header {len(header)} names."
             )
-    return {name.strip(): _column([row[i].strip() for row in body]) for i, name in enumerate(header)}
+    content = _Content({})
+    for i, name in enumerate(header):
+        column, classes = _column([row[i].strip() for row in body])
+        content.arrays[name.strip()] = column
+        if classes:
+            content.classes[name.strip()] = classes
+    return content
 
 
-def _column(texts: list[str]) -> Tensor:
-    """Whole numbers, numbers (an empty cell is NaN), or else classes."""
+def _column(texts: list[str]) -> tuple[Tensor, list[str]]:
+    """Whole numbers, numbers (an empty cell is NaN), or else numbers of classes and what these are called."""
     import torch
 
     for kind, dtype in ((int, torch.int64), (float, torch.float64)):
         try:
-            return torch.tensor([kind(text if text or kind is int else "nan") for text in texts], dtype=dtype)
+            numbers = [kind(text if text or kind is int else "nan") for text in texts]
         except ValueError:
             continue
-    classes = {text: number for number, text in enumerate(sorted(set(texts)))}
-    return torch.tensor([classes[text] for text in texts])
+        return torch.tensor(numbers, dtype=dtype), []
+    classes = sorted(set(texts))
+    number_of = {text: number for number, text in enumerate(classes)}
+    return torch.tensor([number_of[text] for text in texts]), classes
 
 
-READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+READERS: Mapping[str, Callable[[Path], _Content]] = {
     ".npz": _read_npz,
     ".safetensors": _read_safetensors,
     ".h5": _read_hdf5,
@@ -140,7 +195,19 @@ READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
 }
 
 
-def _choose_arrays(arrays: Mapping[str, Tensor], args: Mapping[str, Any], source: str) -> tuple[Any, Tensor]:
+def _choose_arrays(
+    content: _Content, args: Mapping[str, Any], source: str
+) -> tuple[Any, Tensor, dict[str, Any]]:
+    """Inputs, targets, and names of features and classes."""
+    if args.get("standardize"):
+        raise UnusableData(
+            f"{source}: standardize=true is for .csv files and sklearn:NAME.",
+            "Give lists of numbers as mean and std, one per feature.",
+        )
+    return *_choose_pair(content.arrays, args, source), content.names
+
+
+def _choose_pair(arrays: Mapping[str, Tensor], args: Mapping[str, Any], source: str) -> tuple[Any, Tensor]:
     """Inputs and targets by the names given, or by the usual ones."""
     split = args.get("split")
     if "inputs" in args:
@@ -169,20 +236,22 @@ def _next_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _choose_columns(
-    columns: Mapping[str, Tensor], args: Mapping[str, Any], source: str
-) -> tuple[Tensor, Tensor]:
-    """The target's column, and the others (or those named) side by side as `(n, features)`."""
+    content: _Content, args: Mapping[str, Any], source: str
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The target's column, the others (or those named) side by side as `(n, features)`, and their names."""
     import torch
 
     if "split" in args:
         raise UnusableData(f"{source}: a .csv file has no splits; keep train and test in files of their own.")
+    columns = content.arrays
     target = args.get("targets") or _usual(columns, TARGET_NAMES, None, "targets", source)
     wanted = args.get("inputs") or [name for name in columns if name != target]
     names = wanted if isinstance(wanted, list) else [wanted]
     features = [_named(columns, name, source).double() for name in names]
     if not features:
         raise UnusableData(f"{source}: has no column beside {target!r}.")
-    return torch.stack(features, dim=1), _named(columns, target, source)
+    called = {"feature_names": names, "class_names": content.classes.get(target, [])}
+    return torch.stack(features, dim=1), _named(columns, target, source), called
 
 
 def _named(arrays: Mapping[str, Tensor], name: object, source: str) -> Tensor:

@@ -6,9 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dynprobe.io.data_names import shell_name
 from dynprobe.io.errors import InputError, UnusableData
 from dynprobe.io.names import suggestion
-from dynprobe.io.transforms import check_names, transform
+from dynprobe.io.transforms import check_names, standardised, transform
 
 if TYPE_CHECKING:
     from dynprobe.io.data import Samples
@@ -28,6 +29,10 @@ def read_sklearn(name: str, args: Mapping[str, Any]) -> Samples:
             standard deviation of the *training* split, feature by feature; `image`: digits as
             `(n, 1, 8, 8)`; and the transformations.
 
+    Returns:
+        The data; its features have the names that scikit-learn gives them, as far as a shell likes them
+        (`mean radius` is `mean_radius`), and so have its classes.
+
     Raises:
         UnusableData: There is no such data set or argument.
         InputError: scikit-learn is not installed.
@@ -41,7 +46,8 @@ def read_sklearn(name: str, args: Mapping[str, Any]) -> Samples:
     if name not in NAMES:
         raise UnusableData(f"There is no {source}.", suggestion(name, NAMES))
     check_names(args, _ARGS, source)
-    features, targets = _load(name)
+    bunch = _load(name)
+    features, targets = bunch.data, bunch.target
     # RandomState's stream is frozen by numpy's compatibility policy; default_rng's is not.
     order = np.random.RandomState(0).permutation(len(targets))
     n_train = round(_TRAIN_SHARE * len(targets))
@@ -53,20 +59,27 @@ def read_sklearn(name: str, args: Mapping[str, Any]) -> Samples:
     split = args.get("split", "all")
     if split not in rows:
         raise UnusableData(f"{source} has no split {split!r}.", suggestion(str(split), rows))
+    units: dict[str, Any] = {}
     if args.get("standardize"):
-        train = features[rows["train"]]
-        spread = train.std(0)
-        features = (features - train.mean(0)) / np.where(spread > 0, spread, 1.0)
+        features, units = standardised(features, features[rows["train"]])
     x, y = torch.from_numpy(features[rows[split]]), torch.from_numpy(targets[rows[split]])
     if args.get("image"):
         if name != "digits":
             raise UnusableData(f"{source} holds no images; image=true is for sklearn:digits.")
         x = x.reshape(-1, 1, 8, 8)
-    return transform(Samples(x, y, len(y)), args, source)
+    feature_names = tuple(map(shell_name, bunch.feature_names))
+    samples = Samples(x, y, len(y), feature_names=feature_names, class_names=_class_names(bunch), **units)
+    return transform(samples, args, source)
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """Features and targets as arrays."""
+def _class_names(bunch: Any) -> tuple[str, ...]:
+    """Of a classification; what a regression calls `target_names` are its outputs."""
+    names = bunch.get("target_names") if bunch.target.dtype.kind == "i" else None
+    return () if names is None else tuple(map(shell_name, names))
+
+
+def _load(name: str) -> Any:
+    """What scikit-learn calls a bunch: `data`, `target` and their names."""
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ModuleNotFoundError as error:
@@ -74,5 +87,4 @@ def _load(name: str) -> tuple[Any, Any]:
             f"scikit-learn is not installed, and sklearn:{name} needs it.",
             "pip install scikit-learn   (or: pip install 'dynprobe[sklearn]')",
         ) from error
-    features, targets = getattr(datasets, f"load_{name}")(return_X_y=True)
-    return features, targets
+    return getattr(datasets, f"load_{name}")()

@@ -10,6 +10,8 @@ from dynprobe.io.errors import UnusableData
 from dynprobe.io.names import suggestion
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from dynprobe.io.data import Samples
@@ -57,9 +59,36 @@ def transform(samples: Samples, args: Mapping[str, Any], source: str) -> Samples
         if name in args:
             x = x if x.is_floating_point() else x.float()
             value = _per_channel(name, args[name], x, source)
+            samples.change_units(x, **_undo(name, value))
+            value = value.to(x.dtype)
             x = x * value if name == "scale" else x - value if name == "mean" else x / value
     samples.inputs = x.flatten(1) if args.get("flatten") else x
     return samples
+
+
+def _undo(name: str, value: Tensor) -> dict[str, Any]:
+    """How an input is turned back into what it was before the transformation: `plus + times * input`."""
+    number = value.numpy()
+    return {"plus": number} if name == "mean" else {"times": number if name == "std" else 1 / number}
+
+
+def standardised(
+    features: npt.NDArray[Any], rows: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
+    """Subtract the mean of `rows` and divide by their standard deviation, feature by feature.
+
+    Args:
+        features: `(n, n_features)`.
+        rows: `(n_rows, n_features)`, at least one. A feature that is constant in them is only shifted.
+
+    Returns:
+        The new features; and their `feature_offset` and `feature_scale`, which lead back.
+    """
+    import numpy as np
+
+    mean, spread = rows.mean(0), rows.std(0)
+    spread = np.where(spread > 0, spread, 1.0)
+    return (features - mean) / spread, {"feature_offset": mean, "feature_scale": spread}
 
 
 def _limit(samples: Samples, limit: object, source: str) -> None:
@@ -73,13 +102,13 @@ def _limit(samples: Samples, limit: object, source: str) -> None:
 
 
 def _per_channel(name: str, value: object, x: Tensor, source: str) -> Tensor:
-    """A number, or one per channel (dimension 1 of images, else the last), shaped to broadcast with `x`."""
+    """A number, or one per channel (dimension 1 of images, else the last), float64, to broadcast with `x`."""
     import torch
 
     numbers = [_number(name, item, source) for item in (value if isinstance(value, list) else [value])]
     if name != "mean" and 0.0 in numbers:
         raise UnusableData(f"{source}: {name} must not be 0.")
-    row = torch.tensor(numbers, dtype=torch.float64).to(x.dtype)
+    row = torch.tensor(numbers, dtype=torch.float64)
     if len(numbers) == 1:
         return row[0]
     dim = 1 if x.ndim == 4 else x.ndim - 1

@@ -267,7 +267,8 @@ def analyzer(
         summary_returns: Their declarations.
         cost: Work per piece, for `--dry-run`: `cost(options, n_checkpoints)` gives counts by name.
         reads: For an analyzer that asks for `run`: what else it looks at under these options, as
-            `run.state` takes it (`"all"`, `"last"`, a step, a path); part of the key for resuming.
+            `run.state` takes it (`"all"`, `"last"`, a step, a path), or `"others"` for the last checkpoint
+            of every run of the call; part of the key for resuming.
         table: Names of the variables that the table on the screen shows, in order; all by default. The
             report, JSON and CSV always hold everything.
         skips: Names of leading parameters that are not needed under these options: they are not made, are

@@ -135,11 +135,18 @@ class Run:
     """The whole sequence a checkpoint belongs to: what the field `run` gives.
 
     States are read when asked for and not kept: memory stays at one checkpoint.
+
+    Args:
+        name: What it is called in this call.
+        checkpoints: All of them, in order, whichever are measured.
+        setup: What they share.
+        others: All runs of the call, itself included.
     """
 
     name: str
     checkpoints: Sequence[CheckpointLike]
     setup: Setup
+    others: Sequence[Run] = field(default=(), repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -173,8 +180,12 @@ class Run:
     def content_hashes(self, which: int | str) -> list[str]:
         """Content hashes of what `which` names, or of `all`; remembered while the file is the same.
 
+        `others` stands for the last checkpoint of every run of the call, with the name of the run.
+
         A checkpoint that cannot be read counts as such: an analyzer may go on without it.
         """
+        if which == "others":
+            return [f"{run.name} {run.content_hashes('last')[0]}" for run in self.others]
         names: list[int | str] = list(range(len(self))) if which == "all" else [which]
         found = []
         for name in names:
@@ -193,6 +204,12 @@ class Run:
         checkpoint = self.resolve(which)
         state = checkpoint.load().state
         return self.setup.fit(self.setup.model(), state, str(checkpoint.path))[0]
+
+    def model(self, which: int | str) -> torch.nn.Module:
+        """The module filled with one checkpoint, in eval mode; not the one that is being measured."""
+        model = self.setup.model("other")
+        model.load_state_dict(self.state(which))
+        return model.eval()
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, remembered under `key` for the other checkpoints of this run."""

@@ -10,6 +10,7 @@ Arrays have the boxes last, so that every product with a weight matrix is one la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,9 @@ from dynprobe.analyzers.numerics.layered_network import (
     Matrix,
     product,
 )
+
+# Entries of the largest array that bounding some boxes at a time should make.
+_ENTRIES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,20 @@ class LinearBounds:
         return sum(((l < 0) & (h > 0)).sum(0) for l, h in self.neurons) + np.zeros(n_boxes, int)  # noqa: E741
 
 
-def bound(network: LayeredNetwork, low: Floats, high: Floats, *, backward: bool = False) -> LinearBounds:
+def boxes_at_once(network: LayeredNetwork) -> int:
+    """How many boxes `bound` may take at a time so that each of its arrays stays below 16 MB."""
+    widest = max(network.n_inputs, *(layer.n_neurons for layer in network.layers))
+    return max(1, _ENTRIES // (widest * max(network.n_inputs + 1, network.n_outputs)))
+
+
+def bound(
+    network: LayeredNetwork,
+    low: Floats,
+    high: Floats,
+    *,
+    backward: bool = False,
+    reach: Callable[[Floats], Floats] | None = None,
+) -> LinearBounds:
     """Bound the outputs of a network on boxes.
 
     Cost: forwards 4 (k + 1) and backwards 2 r products with every weight matrix per box; with `backward`
@@ -62,7 +79,16 @@ def bound(network: LayeredNetwork, low: Floats, high: Floats, *, backward: bool 
         low: Lower corners, (k, n).
         high: Upper corners, (k, n).
         backward: Bound hidden neurons backwards too.
+        reach: For slopes (r, k, n) the largest value (r, n) of slopes · t, where only part of the boxes is
+            allowed; by default that of the whole box.
     """
+
+    def least_of(function: Floats) -> Floats:
+        return np.asarray(function[:, 0] - (reach(-function[:, 1:]) if reach else _reach(function)))
+
+    def most_of(function: Floats) -> Floats:
+        return np.asarray(function[:, 0] + (reach(function[:, 1:]) if reach else _reach(function)))
+
     centre, radius = (low + high) / 2, (high - low) / 2
     k, n = centre.shape
     start = np.zeros((k, k + 1, n))
@@ -74,10 +100,10 @@ def bound(network: LayeredNetwork, low: Floats, high: Floats, *, backward: bool 
     for i, layer in enumerate(network.layers[:-1]):
         assert layer.activation is not None
         under, over = _affine(layer.sources, layer.bias, functions)
-        least, most = _least(under), _most(over)
+        least, most = least_of(under), most_of(over)
         if backward and i:
             tight = _backward(network, i, np.eye(layer.n_neurons), centre, radius, relaxations)
-            least, most = np.maximum(least, _least(tight[0])), np.minimum(most, _most(tight[1]))
+            least, most = np.maximum(least, least_of(tight[0])), np.minimum(most, most_of(tight[1]))
         relaxation = relax(layer.activation, least, most)
         neurons.append((least, most))
         relaxations.append(relaxation)
@@ -85,23 +111,19 @@ def bound(network: LayeredNetwork, low: Floats, high: Floats, *, backward: bool 
     under, over = _affine(network.layers[-1].sources, network.layers[-1].bias, functions)
     last = len(network.layers) - 1
     if not last:
-        return LinearBounds(under, over, _least(under), _most(over), ())
+        return LinearBounds(under, over, least_of(under), most_of(over), ())
     tight = _backward(network, last, np.eye(network.n_outputs), centre, radius, relaxations)
     return LinearBounds(
         tight[0],
         tight[1],
-        np.maximum(_least(tight[0]), _least(under)),
-        np.minimum(_most(tight[1]), _most(over)),
+        np.maximum(least_of(tight[0]), least_of(under)),
+        np.minimum(most_of(tight[1]), most_of(over)),
         tuple(neurons),
     )
 
 
-def _least(function: Floats) -> Floats:
-    return np.asarray(function[:, 0] - np.abs(function[:, 1:]).sum(1))
-
-
-def _most(function: Floats) -> Floats:
-    return np.asarray(function[:, 0] + np.abs(function[:, 1:]).sum(1))
+def _reach(function: Floats) -> Floats:
+    return np.asarray(np.abs(function[:, 1:]).sum(1))
 
 
 def _affine(

@@ -1,0 +1,129 @@
+"""Boxes of corrections in the features' own units: verified as they are reported, sampled, compared."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynprobe.analyzers._correction_columns import Columns
+from dynprobe.analyzers._correction_model import Classifier
+from dynprobe.analyzers.numerics.box_verifier import Verdict, verify
+from dynprobe.analyzers.numerics.layered_network import Floats
+
+
+@dataclass(frozen=True)
+class ReportedBox:
+    """A box in the features' own units, with every reported column.
+
+    Args:
+        low: (n_reported,).
+        high: (n_reported,); equal to `low` where a feature does not change.
+    """
+
+    low: Floats
+    high: Floats
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is one."""
+        return bool(np.isfinite(self.low).all())
+
+
+def holds(
+    classifier: Classifier,
+    columns: Columns,
+    point: Floats,
+    box: ReportedBox,
+    target: int,
+    margin: float,
+    deadline: float,
+) -> Verdict:
+    """Whether a box, exactly as reported, is all target with the margin, by the complete verifier.
+
+    The network is cut to the box anew from the numbers of the report: nothing of the search is reused.
+
+    Args:
+        classifier: Whose decisions are meant.
+        columns: What the report shows.
+        point: The judged input, (n_inputs,).
+        box: In the features' own units.
+        target: The class.
+        margin: Least output that counts.
+        deadline: As `time.monotonic()` gives it.
+    """
+    low, high, index = box_inputs(columns, point, box)
+    moving = np.flatnonzero(low != high)
+    fixed = place(point, index, low)
+    network = classifier.margins(target).restricted(fixed, index[moving].tolist(), low[moving], high[moving])
+    k = len(moving)
+    return verify(network, np.zeros(k), np.ones(k), margin, deadline=deadline)
+
+
+def box_inputs(columns: Columns, point: Floats, box: ReportedBox) -> tuple[Floats, Floats, np.ndarray]:
+    """Corners of a box as inputs of the network, with their positions; what does not move keeps its bits."""
+    index = columns.index
+    own = columns.shown(point)
+    low, high = columns.inputs(box.low), columns.inputs(box.high)
+    still = (box.low == own) & (box.high == own)
+    return np.where(still, point[index], low), np.where(still, point[index], high), index
+
+
+def place(point: Floats, index: np.ndarray, values: Floats) -> Floats:
+    """A copy of an input with some entries replaced."""
+    changed = point.copy()
+    changed[index] = values
+    return changed
+
+
+def sample_box(
+    classifier: Classifier,
+    columns: Columns,
+    point: Floats,
+    box: ReportedBox,
+    target: int,
+    n_samples: int,
+    seed: int,
+    deadline: float,
+) -> tuple[int, int]:
+    """How many points of a box were tried in the model's own dtype, and how many of them are not the target.
+
+    A quarter of them lies on faces, edges and corners, where failures would be.
+
+    Returns:
+        Number tried, which is less than `n_samples` where time ran out, and number of failures.
+    """
+    low, high, index = box_inputs(columns, point, box)
+    generator = np.random.default_rng(seed)
+    tried = failed = 0
+    chunk = 8192
+    while tried < n_samples and time.monotonic() < deadline:
+        n = min(chunk, n_samples - tried)
+        t = generator.random((n, len(index)))
+        edge = generator.random((n, 1)) < 0.25
+        at_edge = edge & (generator.random((n, len(index))) < generator.random((n, 1)))
+        t = np.where(at_edge, np.round(t), t)
+        if not tried:
+            corners = min(n, 2 ** min(len(index), 12))
+            t[:corners] = (np.arange(corners)[:, None] >> np.arange(len(index)) % 12) & 1
+        points = np.repeat(point[None], n, 0)
+        points[:, index] = low + t * (high - low)
+        failed += int((classifier.decides(points) != target).sum())
+        tried += n
+    return tried, failed
+
+
+def overlap(a: ReportedBox, b: ReportedBox) -> float:
+    """Intersection over union of two boxes; NaN where one is missing, 0 where they change other features."""
+    if not (a.is_known and b.is_known):
+        return float("nan")
+    moving = (a.low != a.high) | (b.low != b.high)
+    same = ~moving & (a.low != b.low)
+    if same.any():
+        return 0.0
+    low, high = np.maximum(a.low, b.low)[moving], np.minimum(a.high, b.high)[moving]
+    shared = float(np.prod(np.maximum(high - low, 0.0)))
+    each = [float(np.prod((box.high - box.low)[moving])) for box in (a, b)]
+    union = sum(each) - shared
+    return shared / union if union > 0 else float("nan")

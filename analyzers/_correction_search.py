@@ -1,0 +1,236 @@
+"""The nearest correction over all allowed ways to change an input: a portfolio with one shared best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dynprobe.analyzers.numerics.correction_milp import n_binaries, nearest_by_milp
+from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
+from dynprobe.analyzers.numerics.layered_network import Floats
+from dynprobe.analyzers.numerics.nearest_correction import NearestSearch, nearest_by_heuristic
+
+FEW = 5
+"""Features up to which branch and bound is exact in practice; its cost grows exponentially with them."""
+
+MAX_BINARIES = 150
+"""Neurons of two slopes up to which a MILP is tried before branch and bound."""
+
+SLICE = 0.25
+"""Seconds for one way before the next most promising one has its turn."""
+
+TOO_LARGE = 2e9
+"""Multiplications for the bounds of a single box above which none are computed: about a second."""
+
+
+@dataclass(eq=False)
+class Way:
+    """One way to change an input: which features, which category, towards which class.
+
+    Args:
+        columns: Positions in the table of the features that change.
+        judgement: In units of their ranges.
+        point: The judged input with this way's category, (n_inputs,).
+        base: What the change of category costs.
+        target: Class to be decided.
+        categories: For every one-hot group the category's position, -1 for none.
+    """
+
+    columns: tuple[int, ...]
+    judgement: Judgement
+    point: Floats
+    base: float
+    target: int
+    categories: tuple[int, ...] = ()
+    _search: dict[bool, Solver] = field(default_factory=dict, repr=False)
+
+    def solver(self, *, stable: bool, seeds: Sequence[Floats], seed: int) -> Solver:
+        """What is known about this way, for points or for stable corrections; kept between calls."""
+        if stable not in self._search:
+            judgement = self.judgement if stable else self.judgement.for_points()
+            self._search[stable] = Solver(judgement, seeds, seed)
+        return self._search[stable]
+
+    def total(self, distance: float) -> float:
+        """Its distance with what the category costs."""
+        return self.base + distance if self.judgement.norm == "l1" else max(self.base, distance)
+
+    def remaining(self, total: float) -> float:
+        """The distance that a total leaves to the features; negative where the category alone is dearer."""
+        return total - self.base if self.judgement.norm == "l1" or total < self.base else total
+
+
+class Solver:
+    """Branch and bound where few features change, else a heuristic, a MILP and what bounds can be had.
+
+    Args:
+        judgement: What is asked.
+        seeds: Points to try first.
+        seed: Of the heuristics.
+
+    Attributes:
+        bounds: What is known so far.
+        name: What found it.
+    """
+
+    def __init__(self, judgement: Judgement, seeds: Sequence[Floats], seed: int) -> None:
+        self.judgement = judgement
+        self.bounds = Bounds(0.0, math.inf)
+        self.name = "none"
+        self._seeds = list(seeds)
+        self._seed = seed
+        self._branching: NearestSearch | None = None
+        self._tried_milp = judgement.n_features <= FEW
+        self._exhausted = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more time would change nothing."""
+        return self._exhausted
+
+    def run(self, deadline: float, tolerance: float, cutoff: float) -> None:
+        """Work until the gap is within the tolerance, nothing below `cutoff` is left, or time is up."""
+        if not self._tried_milp:
+            self._tried_milp = True
+            self._many_features(deadline, tolerance)
+            if self.bounds.closed(tolerance) or self.bounds.lower >= cutoff:
+                return
+        if _work(self.judgement) > TOO_LARGE:
+            self._exhausted = True
+            return
+        if self._branching is None:
+            self._branching = NearestSearch(self.judgement, seeds=self._seeds, seed=self._seed)
+        before = self._branching.bounds
+        found = self._branching.run(deadline=deadline, tolerance=tolerance, cutoff=cutoff)
+        # rounding may leave the bound a last digit below the cutoff for ever
+        self._exhausted = found == before and time.monotonic() < deadline
+        self._take(found, "branch and bound")
+
+    def _many_features(self, deadline: float, tolerance: float) -> None:
+        now = time.monotonic()
+        until = now + 0.3 * (deadline - now)
+        point = nearest_by_heuristic(self.judgement, deadline=until, seed=self._seed)
+        if point is not None:
+            distance = float(self.judgement.distance(point))
+            self._take(Bounds(0.0, distance, point), "heuristic")
+            self._seeds.append(point)
+        if self.judgement.network.is_smooth or _work(self.judgement) > TOO_LARGE:
+            return
+        if n_binaries(self.judgement, within=self.bounds.upper) <= MAX_BINARIES:
+            now = time.monotonic()
+            until = now + 0.8 * (deadline - now)
+            found = nearest_by_milp(self.judgement, known=self.bounds, deadline=until, tolerance=tolerance)
+            self._take(found, "milp")
+            if found.centre is not None:
+                self._seeds.append(found.centre)
+
+    def _take(self, found: Bounds, name: str) -> None:
+        """Keep the better of two lower and of two upper bounds."""
+        better = found.upper < self.bounds.upper
+        raises = found.lower > self.bounds.lower
+        if better or (raises and self.bounds.centre is None):
+            self.name = name
+        self.bounds = Bounds(
+            max(found.lower, self.bounds.lower),
+            found.upper if better else self.bounds.upper,
+            found.centre if better else self.bounds.centre,
+            max(found.n_boxes, self.bounds.n_boxes),
+        )
+
+
+def _work(judgement: Judgement) -> float:
+    """Multiplications that bounding one box takes."""
+    entries = sum(
+        matrix.nnz if hasattr(matrix, "nnz") else matrix.size
+        for layer in judgement.network.layers
+        for _, matrix in layer.sources
+    )
+    return float(4.0 * entries * (judgement.n_features + 1))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The nearest correction over all ways.
+
+    Args:
+        lower: Nothing nearer is a correction; infinite where none exists.
+        upper: Distance of what was found; infinite where nothing was.
+        way: The way it was found by, or None.
+        centre: The correction in units of that way's ranges.
+        solver: What found it, or proved what is known.
+        n_boxes: Boxes and nodes over all ways.
+    """
+
+    lower: float
+    upper: float
+    way: Way | None
+    centre: Floats | None
+    solver: str
+    n_boxes: int
+
+    def outcome(self, tolerance: float, *, smooth: bool) -> str:
+        """`optimal`, `bounded`, `none_exists` or `timeout`; smooth activations are bounded at best."""
+        if self.way is None:
+            return "none_exists" if self.lower == math.inf else "timeout"
+        close = self.upper - self.lower <= tolerance * self.upper + 1e-12
+        return "optimal" if close and not smooth else "bounded"
+
+
+def nearest(
+    ways: Sequence[Way],
+    *,
+    stable: bool,
+    deadline: float,
+    tolerance: float,
+    seed: int,
+    seeds: Sequence[tuple[Way, Floats]] = (),
+    floor: float = 0.0,
+) -> Found:
+    """The nearest correction over all ways, the most promising first, until none can be nearer.
+
+    A way is left as soon as it cannot be nearer than the best of all by more than the tolerance.
+
+    Args:
+        ways: All ways; each keeps what is known of it for another call.
+        stable: Whether the surroundings count.
+        deadline: As `time.monotonic()` gives it.
+        tolerance: Relative gap that is good enough.
+        seed: Of the heuristics.
+        seeds: Corrections of ways that may hold: those of the checkpoint before.
+        floor: A lower bound that is known already.
+    """
+    told = {id(way): [point for owner, point in seeds if owner is way] for way in ways}
+    solvers = [way.solver(stable=stable, seeds=told[id(way)], seed=seed) for way in ways]
+    lower = np.array([way.total(s.bounds.lower) for way, s in zip(ways, solvers, strict=True)])
+    upper = np.array([way.total(s.bounds.upper) for way, s in zip(ways, solvers, strict=True)])
+    started = np.zeros(len(ways), bool)
+    first = [i for i, way in enumerate(ways) if told[id(way)]]
+    while True:
+        best = float(upper.min())
+        enough = best * (1 - tolerance)
+        open_ = [i for i in range(len(ways)) if lower[i] < enough and not solvers[i].exhausted]
+        if not open_ or time.monotonic() > deadline:
+            break
+        i = first.pop(0) if first else min(open_, key=lambda i: (started[i], lower[i], ways[i].base))
+        if i not in open_:
+            continue
+        way, solver = ways[i], solvers[i]
+        alone = len(open_) == 1 or way.judgement.n_features > FEW
+        until = deadline if alone else min(deadline, time.monotonic() + SLICE)
+        # a way that changes nothing but the category has its answer at once
+        solver.run(until, tolerance, way.remaining(enough))
+        started[i] = True
+        lower[i], upper[i] = way.total(solver.bounds.lower), way.total(solver.bounds.upper)
+    n_boxes = sum(solver.bounds.n_boxes for solver in solvers)
+    winner = int(upper.argmin())
+    if not math.isfinite(upper[winner]):
+        known = max(float(lower.min()), floor)
+        names = {s.name for s in solvers} - {"none"}
+        return Found(known, math.inf, None, None, ", ".join(sorted(names)) or "none", n_boxes)
+    known = min(max(float(lower.min()), floor), float(upper[winner]))
+    solver = solvers[winner]
+    return Found(known, float(upper[winner]), ways[winner], solver.bounds.centre, solver.name, n_boxes)

@@ -1,0 +1,311 @@
+"""Judges inputs: the nearest correction, the nearest stable one, a box around it, and where it holds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from dynprobe.analyzers._correction_boxes import ReportedBox, holds, overlap, sample_box
+from dynprobe.analyzers._correction_columns import Columns
+from dynprobe.analyzers._correction_features import FeatureTable
+from dynprobe.analyzers._correction_model import Classifier
+from dynprobe.analyzers._correction_record import NAN, PADDING, Record
+from dynprobe.analyzers._correction_search import Found, Way, nearest
+from dynprobe.analyzers._correction_ways import Rules, domain, inputs_of, shown_of, units_of, ways_of
+from dynprobe.analyzers.numerics.largest_box import largest_box
+from dynprobe.analyzers.numerics.layered_network import Floats
+from dynprobe.analyzers.numerics.linear_bounds import bound
+from dynprobe.analyzers.numerics.verified_polygon import largest_polygon
+
+# Parts of the budget after which each stage ends; what one does not need is left to the next.
+_NEAREST, _STABLE, _BOX, _SAMPLED = 0.25, 0.65, 0.9, 1.0
+_ELSEWHERE = 0.1  # of the budget, for each question whether a box holds at another checkpoint
+
+MAP_SIZE = 81
+"""Points along each axis of the map of the decision in two features."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hard to try, and what to report.
+
+    Args:
+        budget: Seconds for one judgement.
+        tolerance: Relative gap below which a distance is optimal.
+        slack: Part of the stability that the box need not have around the correction.
+        shape: `box`, or `polygon` where two features change.
+        n_sampled: Points of every box to be tried in the model's own dtype.
+        seed: Of heuristics and sampling.
+    """
+
+    budget: float
+    tolerance: float
+    slack: float
+    shape: Literal["box", "polygon"]
+    n_sampled: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the checkpoint before said about the same input."""
+
+    nearest: Floats
+    corrected: Floats
+    box: ReportedBox
+    target: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges inputs at one checkpoint.
+
+    Args:
+        classifier: The checkpoint's network.
+        rules: What may change.
+        settings: How hard to try.
+        others: Networks on which the boxes are tried too.
+    """
+
+    classifier: Classifier
+    rules: Rules
+    settings: Settings
+    others: Sequence[Classifier | None] = ()
+
+    @property
+    def _table(self) -> FeatureTable:
+        return self.rules.table
+
+    @cached_property
+    def columns(self) -> Columns:
+        """What is reported of an input."""
+        return Columns.of(self._table)
+
+    def __call__(self, point: Floats, decided: int, targets: Sequence[int], before: Before | None) -> Record:
+        """All about one judged input (n_inputs,).
+
+        Args:
+            point: The input.
+            decided: Class the model decides for.
+            targets: Classes of which one is to be decided.
+            before: What the checkpoint before said, or None.
+        """
+        start = time.monotonic()
+        record = Record(self.columns.shown(point), decided, margin=self.rules.margin)
+        if before is not None and before.box.is_known:
+            record.previous_holds = self._holds_here(point, before.box, before.target)
+        if decided in targets:
+            record.outcome = record.nearest_outcome = "already_target"
+            record.target = decided
+            return record
+        if len(targets) == 1:
+            record.target = targets[0]
+        ways = ways_of(self.rules, self.classifier, point, targets)
+        closest = self._nearest(ways, before, start, stable=False, floor=0.0)
+        self._tell_nearest(record, closest)
+        stable = closest
+        if any(way.judgement.is_stable for way in ways):
+            stable = self._nearest(ways, before, start, stable=True, floor=closest.lower, known=closest)
+        self._tell_stable(record, stable)
+        if stable.way is not None and stable.centre is not None and record.outcome != "timeout":
+            self._add_box(record, stable.way, stable.centre, start)
+        box = ReportedBox(record.box_low, record.box_high)
+        if before is not None:
+            record.overlap = overlap(box, before.box)
+        shown = stable.way or closest.way or (ways[0] if len(ways) == 1 else None)
+        self._add_map(record, shown)
+        if self.others:
+            record.transfer = np.array([self._holds_at(other, point, box, record) for other in self.others])
+        return record
+
+    # The search
+
+    def _nearest(
+        self,
+        ways: list[Way],
+        before: Before | None,
+        start: float,
+        *,
+        stable: bool,
+        floor: float,
+        known: Found | None = None,
+    ) -> Found:
+        settings = self.settings
+        seeds = list(_seeds(self._table, self.columns, ways, before, stable=stable))
+        if known is not None and known.way is not None and known.centre is not None:
+            seeds.append((known.way, known.centre))
+        if known is not None and known.way is None and known.lower == math.inf:
+            return known  # where no point is a correction no stable one exists
+        return nearest(
+            ways,
+            stable=stable,
+            deadline=start + settings.budget * (_STABLE if stable else _NEAREST),
+            tolerance=settings.tolerance,
+            seed=settings.seed,
+            seeds=seeds,
+            floor=floor,
+        )
+
+    def _tell_nearest(self, record: Record, found: Found) -> None:
+        record.nearest_outcome = self._outcome(found)
+        record.lower_bound = NAN if found.lower == math.inf else found.lower
+        if found.way is None or found.centre is None:
+            return
+        point, shown = self._point(found.way, found.centre)
+        if not self._confirmed(record, point, found.way.target):
+            record.nearest_outcome = "timeout"
+            return
+        record.distance, record.nearest, record.target = found.upper, shown, found.way.target
+
+    def _tell_stable(self, record: Record, found: Found) -> None:
+        record.outcome = self._outcome(found)
+        record.stable_lower_bound = NAN if found.lower == math.inf else found.lower
+        record.solver, record.n_boxes = found.solver, float(found.n_boxes)
+        if found.way is None or found.centre is None:
+            return
+        point, shown = self._point(found.way, found.centre)
+        if not self._confirmed(record, point, found.way.target):
+            record.outcome = "timeout"
+            return
+        record.stable_distance, record.corrected, record.target = found.upper, shown, found.way.target
+        record.changed = self._changed(found.way, record.value)
+        k = found.way.judgement.n_features
+        whole = bound(found.way.judgement.network, np.zeros((k, 1)), np.ones((k, 1)))
+        record.n_unstable = float(whole.n_unstable[0])
+
+    def _outcome(self, found: Found) -> str:
+        return found.outcome(self.settings.tolerance, smooth=self.classifier.network.is_smooth)
+
+    def _confirmed(self, record: Record, point: Floats, target: int) -> bool:
+        """Whether the model itself, in its own dtype, decides for the target at a correction."""
+        confirmed = int(self.classifier.decides(point[None])[0]) == target
+        if not confirmed:
+            record.notes.append(
+                "a correction of the analysed layers was not confirmed by the model in its own dtype, "
+                "and is left out"
+            )
+        return confirmed
+
+    def _point(self, way: Way, units: Floats) -> tuple[Floats, Floats]:
+        """A correction as an input and in the features' own units; what does not change keeps its bits."""
+        table, changing = self._table, list(way.columns)
+        values = shown_of(table, way, units)
+        values = np.where(table.integer[changing], np.round(values), values)
+        still = units == way.judgement.start
+        point = way.point.copy()
+        index = table.index[changing]
+        point[index] = np.where(still, point[index], inputs_of(table, changing, values))
+        shown = self.columns.shown(way.point)
+        shown[changing] = np.where(still, shown[changing], values)
+        return point, shown
+
+    def _changed(self, way: Way, value: Floats) -> Floats:
+        """1 for features that this correction may change, and for columns of a category that differs."""
+        changed = (self.columns.shown(way.point) != value).astype(float)
+        changed[list(way.columns)] = 1.0
+        return changed
+
+    # The box
+
+    def _add_box(self, record: Record, way: Way, centre: Floats, start: float) -> None:
+        settings, judgement = self.settings, way.judgement
+        deadline = start + settings.budget * _BOX
+        around = judgement.radius * (1 - settings.slack)
+        inner_low = np.maximum(centre - around, judgement.low)
+        inner_high = np.minimum(centre + around, judgement.high)
+        found = largest_box(judgement, centre, inner_low, inner_high, deadline=deadline, tolerance=0.05)
+        box = self._reported(way, found.low, found.high)
+        checked = holds(
+            self.classifier, self.columns, way.point, box, way.target, self.rules.margin, deadline + 1
+        )
+        if not checked.holds:
+            record.notes.append("a box was left out: rounding to the features' units has put it outside")
+            return
+        record.box_low, record.box_high = box.low, box.high
+        record.volume, record.volume_bound = found.volume, found.volume_bound
+        if settings.shape == "polygon" and judgement.n_features == 2:
+            polygon = largest_polygon(
+                judgement, centre, found.low, found.high, deadline=deadline + 1, tolerance=0.05
+            )
+            vertices = np.stack([shown_of(self._table, way, vertex) for vertex in polygon.vertices])
+            record.polygon = vertices[:PADDING]
+            record.volume, record.volume_bound = polygon.area, polygon.area_bound
+        tried, failed = sample_box(
+            self.classifier,
+            self.columns,
+            way.point,
+            box,
+            way.target,
+            settings.n_sampled,
+            settings.seed,
+            start + settings.budget * _SAMPLED + 1,
+        )
+        record.n_sampled, record.sampled_failures = float(tried), float(failed)
+
+    def _reported(self, way: Way, low: Floats, high: Floats) -> ReportedBox:
+        own = self.columns.shown(way.point)
+        corners = []
+        for corner in (low, high):
+            values = own.copy()
+            changing = list(way.columns)
+            shown = shown_of(self._table, way, corner)
+            values[changing] = np.where(self._table.integer[changing], np.round(shown), shown)
+            corners.append(values)
+        return ReportedBox(corners[0], corners[1])
+
+    def _add_map(self, record: Record, way: Way | None) -> None:
+        """The margin over two features, for the picture."""
+        if way is None or len(way.columns) != 2:
+            return
+        table, columns = self._table, list(way.columns)
+        low, high = domain(table, way.point)
+        low, high = low[columns], high[columns]
+        axis = np.linspace(0, 1, MAP_SIZE)
+        grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+        index = table.index[columns].tolist()
+        network = self.classifier.margins(way.target).restricted(
+            way.point, index, inputs_of(table, columns, low), inputs_of(table, columns, high)
+        )
+        record.margin_map = network(grid).min(1).reshape(MAP_SIZE, MAP_SIZE)
+
+    # Elsewhere
+
+    def _holds_here(self, point: Floats, box: ReportedBox, target: int) -> float:
+        return self._answer(self.classifier, point, box, target, self.rules.margin)
+
+    def _holds_at(self, other: Classifier | None, point: Floats, box: ReportedBox, record: Record) -> float:
+        if other is None or not box.is_known:
+            return NAN
+        return self._answer(other, point, box, record.target, self.rules.margin)
+
+    def _answer(
+        self, classifier: Classifier, point: Floats, box: ReportedBox, target: int, margin: float
+    ) -> float:
+        deadline = time.monotonic() + _ELSEWHERE * self.settings.budget
+        verdict = holds(classifier, self.columns, point, box, target, margin, deadline)
+        return NAN if verdict.holds is None else float(verdict.holds)
+
+
+def _seeds(
+    table: FeatureTable, columns: Columns, ways: Sequence[Way], before: Before | None, *, stable: bool
+) -> list[tuple[Way, Floats]]:
+    """The correction of the checkpoint before, for the first way that can make it."""
+    if before is None:
+        return []
+    values = before.corrected if stable else before.nearest
+    if not np.isfinite(values).all():
+        return []
+    for way in ways:
+        own = columns.shown(way.point)
+        others = np.ones(len(own), bool)
+        others[list(way.columns)] = False
+        if way.target == before.target and (own[others] == values[others]).all():
+            units = units_of(table, way, values[list(way.columns)])
+            return [(way, np.clip(units, way.judgement.low, way.judgement.high))]
+    return []

@@ -1,0 +1,112 @@
+"""The corrections of a result by run, in the order of the steps: what figure and summary both read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynprobe.analyzers._steps import step_axis
+from dynprobe.analyzers.core.result import FAILED, Result
+
+Floats = NDArray[np.float64]
+
+OPTIMAL, BOUNDED, NONE_EXISTS = "optimal", "bounded", "none_exists"
+TIMEOUT, UNSUPPORTED, ALREADY_TARGET = "timeout", "unsupported", "already_target"
+OUTCOMES = {
+    OPTIMAL: "optimal",
+    BOUNDED: "bounded",
+    NONE_EXISTS: "none exists",
+    TIMEOUT: "undecided",
+    UNSUPPORTED: "not supported",
+    ALREADY_TARGET: "already target",
+}
+"""Every outcome of a judgement, in the words of figures."""
+FOUND = (OPTIMAL, BOUNDED)
+
+
+class JudgedRun:
+    """One run's corrections, without failed checkpoints.
+
+    Attributes:
+        name: Of the run, empty where there is one only.
+        step: Where its checkpoints stand, ascending, (n_checkpoints,).
+        step_name: What that is: step or checkpoint.
+        samples: Places in the data, (n_samples,).
+        features: Names of all features of the result.
+        chosen: Which of them this run may change.
+    """
+
+    def __init__(self, result: Result, pieces: list[int], name: str) -> None:
+        step, self.step_name = step_axis(result, np.array(pieces))
+        self._pieces = sorted(pieces, key=lambda i: step[i])
+        self._result = result
+        self.name = name
+        self.step = step[self._pieces]
+        self.samples = np.asarray(result["sample"])
+        self.features = [str(name) for name in result["feature"]]
+        names = next((result[n] for n in ("class", "classes") if n in result and result[n].ndim == 1), ())
+        self._classes = [str(name) for name in names]
+        self.chosen = np.flatnonzero(np.isfinite(self["feature_low"][-1].astype(float)))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._result
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """A variable of this run's checkpoints, (n_checkpoints, …)."""
+        values: NDArray[Any] = self._result[name][self._pieces]
+        return values
+
+    def numbers(self, name: str) -> Floats:
+        """The same as floats, infinities as NaN; all NaN for every sample where it was not measured."""
+        if name not in self._result:
+            return np.full((len(self._pieces), len(self.samples)), np.nan)
+        values = self[name].astype(float)
+        return np.where(np.isfinite(values), values, np.nan)
+
+    def outcomes(self) -> NDArray[Any]:
+        """Outcomes as text, (n_checkpoints, n_samples); empty where a sample was not judged."""
+        return self["outcome"].astype(str)
+
+    def found(self) -> NDArray[np.bool_]:
+        """Where there is a correction, (n_checkpoints, n_samples)."""
+        there: NDArray[np.bool_] = np.isin(self.outcomes(), FOUND)
+        return there
+
+    def is_stable(self) -> bool:
+        """Whether more than a point was asked for."""
+        return bool((np.nan_to_num(self.numbers("stability")[-1]) > 0).any())
+
+    def only_stable_excluded(self, sample: int) -> bool:
+        """Whether none exists at the last checkpoint that is stable, while single points may flip it."""
+        nearest = str(self["nearest_outcome"][-1, sample])
+        return bool(self.is_stable() and self.outcomes()[-1, sample] == NONE_EXISTS != nearest)
+
+    def changed(self, sample: int, checkpoint: int = -1) -> NDArray[np.intp]:
+        """Which features the correction changes."""
+        return np.flatnonzero(np.nan_to_num(self.numbers("changed")[checkpoint, sample]) > 0)
+
+    def transition(self, sample: int, checkpoint: int = -1) -> str:
+        """What the sample is judged as, and what it is to be judged as: `malignant → benign`."""
+        numbers = (self.numbers(n)[checkpoint, sample] for n in ("decided", "target"))
+        names = [self._class_name(number) for number in numbers]
+        return " → ".join(name for name in names if name)
+
+    def _class_name(self, number: float) -> str:
+        if not number >= 0:  # no target, or not known
+            return ""
+        place = int(number)
+        name = self._classes[place] if place < len(self._classes) else str(place)
+        return f"class {name}" if name.isdigit() else name or f"class {place}"
+
+
+def judged_runs(result: Result) -> list[JudgedRun]:
+    """All runs with a checkpoint that could be analysed, as they first come."""
+    status = np.atleast_1d(result["status"])
+    names = np.atleast_1d(result["run"]).astype(str) if "run" in result else np.full(len(status), "")
+    pieces: dict[str, list[int]] = {}
+    for i in np.flatnonzero(status != FAILED):
+        pieces.setdefault(str(names[i]), []).append(int(i))
+    several = len(pieces) > 1
+    return [JudgedRun(result, own, name if several else "") for name, own in pieces.items()]

@@ -1,0 +1,207 @@
+"""Says in sentences what would have to change for a network to decide otherwise."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, ROUND_DOWN, ROUND_FLOOR, ROUND_HALF_EVEN, ROUND_UP, Decimal
+
+import numpy as np
+
+from dynprobe.analyzers._corrections_runs import (
+    ALREADY_TARGET,
+    FOUND,
+    NONE_EXISTS,
+    TIMEOUT,
+    UNSUPPORTED,
+    JudgedRun,
+)
+
+MOST_FEATURES = 4
+"""Features that a sentence lists."""
+MOST_SAMPLES = 8
+"""Samples that a sentence lists."""
+ROUND_OFF = 4 * np.finfo(float).eps
+"""What the conversion between units may have added to a bound, as a part of it."""
+
+
+def _step(span: float) -> Decimal:
+    """A power of ten between a hundredth and a thousandth of `span`."""
+    return Decimal(10) ** math.floor(math.log10(span / 100)) if span > 0 else Decimal("1e-6")
+
+
+def _text(value: Decimal) -> str:
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "−") if text not in ("-0", "0") else "0"
+
+
+def _rounded(value: float, step: Decimal, rounding: str) -> Decimal:
+    # a number's shortest text, not its binary expansion: 0.1 is not to become 0.11
+    return (Decimal(repr(float(value))) / step).to_integral_value(rounding) * step
+
+
+def amount(value: float, span: float) -> str:
+    """A number rounded to what its allowed range warrants.
+
+    Args:
+        value: In any units.
+        span: Width of the range, in the same ones.
+
+    >>> amount(44.0312, 63), amount(640.3, 550)
+    ('44', '640')
+    """
+    return _text(_rounded(value, _step(span), ROUND_HALF_EVEN))
+
+
+def interval(low: float, high: float, span: float) -> str:
+    """An interval rounded inwards, so that all that is printed lies within it; a point where it has no width.
+
+    Rounded to a hundredth of the range or finer, and to a tenth of the interval where that is less.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        span: Width of the range that was allowed.
+
+    >>> interval(20.02, 37.98, 63), interval(670.2, 720.9, 550), interval(0.1, 0.1, 1)
+    ('[20.1, 37.9]', '[671, 720]', '0.1')
+    """
+    width = high - low
+    if not width > 1e-9 * max(span, abs(low)):
+        return _text(_rounded((low + high) / 2, _step(span / 100), ROUND_HALF_EVEN))
+    step = min(_step(span), _step(10 * width))
+    slack = ROUND_OFF * max(abs(low), abs(high))
+    inner = [_nearby(low, step, slack, ROUND_CEILING), _nearby(high, step, slack, ROUND_FLOOR)]
+    return f"[{_text(inner[0])}, {_text(inner[1])}]"
+
+
+def _nearby(value: float, step: Decimal, slack: float, rounding: str) -> Decimal:
+    """Rounded, but to the nearest where that differs by no more than the error of the units' conversion."""
+    nearest = _rounded(value, step, ROUND_HALF_EVEN)
+    return nearest if abs(float(nearest) - value) <= slack else _rounded(value, step, rounding)
+
+
+def least(bound: float) -> str:
+    """A lower bound to three digits, rounded down.
+
+    >>> least(0.12999)
+    '0.129'
+    """
+    return _text(_rounded(bound, _step(bound), ROUND_DOWN)) if bound > 0 else "0"
+
+
+def within(upper: float, lower: float) -> str:
+    """How near to the optimum a distance is, rounded up: `optimal within 1 %`.
+
+    >>> within(0.31, 0.3079), within(0.31, 0.31)
+    ('optimal within 0.7 %', 'optimal')
+    """
+    percent = 100 * (upper - lower) / upper if upper > 0 else 0.0
+    if percent <= 1e-4:
+        return "optimal"
+    step = Decimal(10) ** math.floor(math.log10(percent))
+    return f"optimal within {_text(_rounded(percent, step, ROUND_UP))} %"
+
+
+def listed(items: list[str], most: int = MOST_FEATURES, noun: str = "") -> str:
+    """`a, b and c`; what exceeds `most` is counted."""
+    if len(items) > most + 1:
+        return f"{', '.join(items[:most])} and {len(items) - most} more{noun and ' ' + noun}"
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]])) if items else ""
+
+
+def judgement_sentences(run: JudgedRun, most: int) -> list[str]:
+    """One sentence on every judgement at the last checkpoint; those with failing samples first.
+
+    Args:
+        run: With at least one checkpoint.
+        most: Judgements that get a sentence; the others are counted.
+    """
+    outcome = run.outcomes()[-1]
+    failing = np.nan_to_num(run.numbers("sampled_failures")[-1])
+    told = np.flatnonzero(np.isin(outcome, (*FOUND, NONE_EXISTS, TIMEOUT)))
+    told = told[np.argsort(failing[told] <= 0, kind="stable")]
+    head = f"{run.name}: " if run.name else ""
+    sentences = [head + _judgement(run, int(i)) for i in told[:most]]
+    if len(told) > most:
+        sentences.append(f"{head}… and {len(told) - most} more: see the report")
+    for name, text in ((UNSUPPORTED, "not supported, see the notes"), (ALREADY_TARGET, "already the target")):
+        names = [str(s) for s in run.samples[outcome == name]]
+        if names:
+            noun = "sample" if len(names) == 1 else "samples"
+            sentences.append(f"{head}{noun} {listed(names, MOST_SAMPLES)}: {text}")
+    return sentences
+
+
+def _judgement(run: JudgedRun, i: int) -> str:
+    transition = run.transition(i)
+    head = f"sample {run.samples[i]}" + (f" ({transition})" if transition else "")
+    outcome = str(run.outcomes()[-1, i])
+    say = _found if outcome in FOUND else _none_exists if outcome == NONE_EXISTS else _undecided
+    return f"{head}: {say(run, i)}"
+
+
+def _found(run: JudgedRun, i: int) -> str:
+    distance, lower = (float(run.numbers(n)[-1, i]) for n in ("stable_distance", "stable_lower_bound"))
+    changed = run.changed(i)
+    changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in changed]
+    text = f"{listed(changes, noun='features')} flips it; distance {distance:.3g}"
+    if run.outcomes()[-1, i] == FOUND[0]:
+        text += f", {within(distance, lower)}"
+    elif math.isfinite(lower):
+        text += f", at least {least(lower)} is needed"
+    return f"{text}; {_evidence(run, i)}"
+
+
+def change_text(run: JudgedRun, i: int, j: int) -> str:
+    """`44 → [20, 38]`: the judged value of a feature and the box's side at the last checkpoint."""
+    value, low, high, corrected = (
+        float(run.numbers(n)[-1, i, j]) for n in ("value", "box_low", "box_high", "corrected")
+    )
+    span = float(run.numbers("feature_high")[-1, j] - run.numbers("feature_low")[-1, j])
+    if not math.isfinite(low + high):  # a point that flips it, around which no box was measured
+        low = high = corrected
+    return f"{amount(value, span)} → {interval(low, high, span)}"
+
+
+def _evidence(run: JudgedRun, i: int) -> str:
+    n, failures = (run.numbers(name)[-1, i] for name in ("n_sampled", "sampled_failures"))
+    if not n > 0:
+        return "numerically verified"
+    if failures > 0:
+        return f"{int(failures):,} of {int(n):,} samples FAIL: do not rely on it"
+    return f"numerically verified, 0 of {int(n):,} samples fail"
+
+
+def _ranges(run: JudgedRun) -> str:
+    if len(run.chosen) > MOST_FEATURES:
+        return f"the {len(run.chosen)} features within their allowed ranges"
+    low, high = (run.numbers(f"feature_{end}")[-1] for end in ("low", "high"))
+    ranges = [interval(float(low[j]), float(high[j]), float(high[j] - low[j])) for j in run.chosen]
+    return f"{listed([run.features[j] for j in run.chosen])} within {listed(ranges)}"
+
+
+def _none_exists(run: JudgedRun, i: int) -> str:
+    if not run.only_stable_excluded(i):
+        return f"no change of {_ranges(run)} flips it (numerically verified)"
+    nearest = float(run.numbers("distance")[-1, i])
+    head = f"a point at distance {nearest:.3g} flips it, but " if math.isfinite(nearest) else ""
+    return (
+        f"{head}no change of {_ranges(run)} stays flipped in the whole box of the stability asked for "
+        "(numerically verified)"
+    )
+
+
+def _undecided(run: JudgedRun, i: int) -> str:
+    nearest, lower, stable = (
+        float(run.numbers(n)[-1, i]) for n in ("distance", "lower_bound", "stable_lower_bound")
+    )
+    # the bound on stable corrections is none on points
+    stable_bound = f", and none is nearer than {least(stable)}" if math.isfinite(stable) else ""
+    head = "undecided after the time given: "
+    if math.isfinite(nearest):
+        return (
+            f"{head}a point at distance {nearest:.3g} flips it, no stable correction was found{stable_bound}"
+        )
+    bound = f"nothing nearer than {least(lower)} flips it, " if math.isfinite(lower) else ""
+    return f"{head}{bound}nothing found"
