@@ -66,6 +66,11 @@ class Record:
         if not self.changed.size:
             self.changed = np.zeros(len(self.value))
 
+    def is_open(self, tolerance: float) -> bool:
+        """Whether more time could tell more about the stable correction."""
+        gap = self.stable_distance - self.stable_lower_bound
+        return self.outcome == "timeout" or gap > tolerance * self.stable_distance + 1e-12
+
     def as_arrays(self) -> dict[str, np.ndarray]:
         """As arrays, for the store of parts."""
         return {
@@ -106,6 +111,37 @@ def stacked(records: Sequence[Record]) -> dict[str, Any]:
         none = np.full(widths[0], NAN)
         found["transfer"] = np.stack([r.transfer if r.transfer.size else none for r in records])
     return found
+
+
+def counted(records: Sequence[Record], tolerance: float) -> dict[str, float]:
+    """How the judgements of one checkpoint ended, in numbers."""
+    outcomes = [record.outcome for record in records]
+    found = [record for record in records if not math.isnan(record.stable_distance)]
+    median = float(np.median([record.stable_distance for record in found])) if found else NAN
+    least = float(np.median([record.stable_lower_bound for record in found])) if found else NAN
+    held = np.array([r.previous_holds for r in records if not math.isnan(r.previous_holds)])
+    share = float(held.mean()) if len(held) else NAN
+    return {
+        "judged": len(records),
+        "correctable": len(found),
+        "not_correctable": outcomes.count("none_exists"),
+        "still_open": sum(record.is_open(tolerance) for record in records),
+        "on_target": outcomes.count("already_target"),
+        "distance_median": median,
+        "distance_median_gap": median - least,
+        "still_hold": share,
+        # that of n + 4 judgements, half of which hold: 0 of 3 is no certainty
+        "still_hold_stderr": _agresti(held),
+    }
+
+
+def _agresti(held: Floats) -> float:
+    """Standard error of a share of 0s and 1s, after Agresti and Coull; NaN of none."""
+    if not len(held):
+        return NAN
+    n = len(held) + 4
+    share = (held.sum() + 2) / n
+    return math.sqrt(share * (1 - share) / n)
 
 
 def _padded(polygon: Floats) -> Floats:

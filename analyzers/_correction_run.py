@@ -15,7 +15,7 @@ from dynprobe.analyzers._correction_boxes import ReportedBox
 from dynprobe.analyzers._correction_columns import Columns
 from dynprobe.analyzers._correction_features import FeatureTable
 from dynprobe.analyzers._correction_model import Classifier, flat_inputs, flatten
-from dynprobe.analyzers._correction_record import Record, stacked
+from dynprobe.analyzers._correction_record import Record, counted, stacked
 from dynprobe.analyzers._correction_samples import choose_samples, class_labels
 from dynprobe.analyzers._correction_ways import Rules, domain
 from dynprobe.analyzers._corrections import Before, Judge, Settings
@@ -132,18 +132,14 @@ def judge_all(
         values["other"] = np.array(list(others), dtype=object)
     if len(classifier.shape) > 1 and points.shape[1] <= _LARGEST_IMAGE:
         values |= {"input": points.astype(np.float32), "input_shape": np.array(classifier.shape)}
+    values |= counted(records, call.settings.tolerance)
     return _measurement(values, records, call, [*call.table.notes, *chosen.notes, *notes], len(points))
 
 
 def _measurement(
     values: dict[str, Any], records: Sequence[Record], call: Call, notes: list[str], n: int
 ) -> Measurement:
-    tolerance = call.settings.tolerance
-    open_ = sum(
-        record.outcome == "timeout"
-        or record.stable_distance - record.stable_lower_bound > tolerance * record.stable_distance + 1e-12
-        for record in records
-    )
+    open_ = sum(record.is_open(call.settings.tolerance) for record in records)
     reason = (
         f"{open_} of {n} judgements are still open after {call.settings.budget:g} s each (raise --budget, or "
         "choose fewer features)"

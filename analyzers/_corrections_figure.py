@@ -23,6 +23,8 @@ from dynprobe.analyzers._corrections_panels import (
     draw_intervals,
     draw_picture,
     draw_plane,
+    earlier_boxes,
+    has_target,
     interval_handles,
     picture_shape,
     plain,
@@ -134,10 +136,11 @@ class _Judgements:
         self.all, self.shown = len(judgements), shown
         self.columns = min(columns, len(shown))
         self.rows = math.ceil(len(self.shown) / self.columns)
+        self.heights = [height] * self.rows
         self.height = self.rows * height + legend
 
     def panels(self, figure: Any, place: Any) -> list[Any]:
-        grid = place.subgridspec(self.rows, self.columns)
+        grid = place.subgridspec(self.rows, self.columns, height_ratios=self.heights)
         return [figure.add_subplot(grid[divmod(k, self.columns)]) for k in range(len(self.shown))]
 
     def title(self, run: JudgedRun, sample: int) -> str:
@@ -161,7 +164,8 @@ class _Judgements:
 
 class _Planes(_Judgements):
     def __init__(self, judgements: list[Judgement], most: int) -> None:
-        shown = judgements[:most]
+        # an empty plane is all that there is to see where the target is nowhere decided
+        shown = [(run, i) for run, i in judgements if has_target(run, i)][:most] or judgements[:most]
         many = len(shown) > 1
         super().__init__(judgements, shown, 2 if len(shown) in (2, 4) else 3, 2.2 if many else 2.9, 0.35)
         self.width = WIDTH if many else 3.6
@@ -188,7 +192,7 @@ class _Planes(_Judgements):
                 panel.set_ylabel("")
             if k + self.columns < len(panels):
                 panel.set_xlabel("")
-        if any(run.found()[:-1, i].any() for run, i in self.shown):
+        if any(len(earlier_boxes(run, i)) for run, i in self.shown):
             step_name = self.shown[0][0].step_name
             label = f"thin: box of an earlier {step_name}"
             figure.colorbar(scale, ax=panels, label=label, aspect=35, pad=0.02)
@@ -199,14 +203,17 @@ class _Planes(_Judgements):
 class _Intervals(_Judgements):
     def __init__(self, judgements: list[Judgement], most: int) -> None:
         shown = judgements[:most]
-        self.room = max(2, *(len(rows_of_intervals(run, i)) for run, i in shown))
-        super().__init__(judgements, shown, 2, 0.5 + 0.19 * self.room, 0.25)
+        super().__init__(judgements, shown, 2, 0.0, 0.25)
+        counts = [len(rows_of_intervals(run, i)) for run, i in shown]
+        self.rooms = [max(2, *counts[k : k + self.columns]) for k in range(0, len(shown), self.columns)]
+        self.heights = [0.5 + 0.19 * room for room in self.rooms]
+        self.height += sum(self.heights)
         self.width = WIDTH if len(shown) > 1 else 4.2
 
     def draw(self, figure: Any, place: Any) -> None:
         """One panel a judgement, one row a feature."""
-        for panel, (run, i) in zip(self.panels(figure, place), self.shown, strict=True):
-            draw_intervals(panel, run, i, self.room)
+        for k, (panel, (run, i)) in enumerate(zip(self.panels(figure, place), self.shown, strict=True)):
+            draw_intervals(panel, run, i, self.rooms[k // self.columns])
             panel.set_title(self.title(run, i), loc="left")
         self.add_legend(figure, interval_handles())
 

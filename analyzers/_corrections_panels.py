@@ -51,6 +51,11 @@ def axes_of_plane(run: JudgedRun, sample: int) -> list[int]:
     return [int(j) for j in features] if len(features) == 2 else []
 
 
+def has_target(run: JudgedRun, sample: int) -> bool:
+    """Whether the target is decided anywhere in the plane of the last checkpoint."""
+    return bool(np.nanmax(run.numbers("margin_map")[-1, sample]) > 0)
+
+
 def title_of(run: JudgedRun, sample: int, characters: int) -> str:
     """Which judgement, and how far its correction is, in lines of about so many characters."""
     name = f"{run.name}, sample" if run.name else "sample"
@@ -67,7 +72,7 @@ def _distance_text(run: JudgedRun, sample: int) -> str:
         words = {NONE_EXISTS: f"no {stable}correction exists", TIMEOUT: "undecided: nothing found in time"}
         return words.get(outcome, OUTCOMES.get(outcome, "not judged"))
     upper, lower = (run.numbers(n)[-1, sample] for n in ("stable_distance", "stable_lower_bound"))
-    bound = f" (≥ {least(lower)} needed)" if outcome != OPTIMAL and np.isfinite(lower) else ""
+    bound = f" (≥ {least(lower)} needed)" if outcome != OPTIMAL and lower > 0 else ""
     return f"distance {upper:.3g}" + (bound or f" ({OUTCOMES[outcome]})")
 
 
@@ -84,13 +89,13 @@ def draw_plane(panel: Any, run: JudgedRun, sample: int, colour_of: Any) -> None:
     low, high = (run.numbers(f"feature_{end}")[-1][[x, y]] for end in ("low", "high"))
     margin = run.numbers("margin_map")[-1, sample]
     grids = [np.linspace(low[k], high[k], margin.shape[1 - k]) for k in (0, 1)]
-    if np.nanmax(margin) > 0:
+    if has_target(run, sample):
         panel.contourf(*grids, margin, levels=[0, np.inf], colors=[TARGET_REGION], zorder=0)
         if np.nanmin(margin) < 0:
             panel.contour(*grids, margin, levels=[0], colors=[INK], linewidths=0.7, zorder=1)
     judged = run.numbers("value")[-1, sample][[x, y]]
     _limit(panel, low, high, judged)
-    for t in _earlier(run, sample):
+    for t in earlier_boxes(run, sample):
         _outline(panel, run, t, sample, (x, y), edgecolor=colour_of(run.step[t]), linewidth=0.6, zorder=2)
     if run.found()[-1, sample]:
         _draw_correction(panel, run, sample, (x, y), judged)
@@ -110,7 +115,7 @@ def _limit(panel: Any, low: Floats, high: Floats, judged: Floats) -> None:
         axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _earlier(run: JudgedRun, sample: int) -> NDArray[np.intp]:
+def earlier_boxes(run: JudgedRun, sample: int) -> NDArray[np.intp]:
     """Checkpoints before the last whose box is outlined, evenly among those that have one."""
     shown = axes_of_plane(run, sample)
     found = np.flatnonzero(run.found()[:-1, sample])
@@ -153,7 +158,8 @@ def _draw_correction(panel: Any, run: JudgedRun, sample: int, axes: tuple[int, i
         arrow = {"arrowstyle": "-|>", "color": INK, "lw": 0.6, "mutation_scale": 5, "shrinkB": 2}
         panel.annotate("", corrected, judged, arrowprops=arrow, zorder=5)
         panel.plot(*corrected, "o", color=CORRECTED, markersize=3.6, clip_on=False, zorder=6)
-    if np.isfinite(nearest).all():
+    away = run.numbers("nearest")[-1, sample] != run.numbers("value")[-1, sample]
+    if np.isfinite(nearest).all() and set(np.flatnonzero(away & np.isfinite(away))) <= set(axes):
         panel.plot(*nearest, **DIAMOND, clip_on=False, zorder=6)
 
 

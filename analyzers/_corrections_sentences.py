@@ -148,7 +148,7 @@ def _found(run: JudgedRun, i: int) -> str:
     text = f"{listed(changes, noun='features')} flips it; distance {distance:.3g}"
     if run.outcomes()[-1, i] == FOUND[0]:
         text += f", {within(distance, lower)}"
-    elif math.isfinite(lower):
+    elif lower > 0:
         text += f", at least {least(lower)} is needed"
     return f"{text}; {_evidence(run, i)}"
 
@@ -197,11 +197,11 @@ def _undecided(run: JudgedRun, i: int) -> str:
         float(run.numbers(n)[-1, i]) for n in ("distance", "lower_bound", "stable_lower_bound")
     )
     # the bound on stable corrections is none on points
-    stable_bound = f", and none is nearer than {least(stable)}" if math.isfinite(stable) else ""
+    stable_bound = f", and none is nearer than {least(stable)}" if stable > 0 else ""
     head = "undecided after the time given: "
     if math.isfinite(nearest):
         return (
             f"{head}a point at distance {nearest:.3g} flips it, no stable correction was found{stable_bound}"
         )
-    bound = f"nothing nearer than {least(lower)} flips it, " if math.isfinite(lower) else ""
+    bound = f"nothing nearer than {least(lower)} flips it, " if lower > 0 else ""
     return f"{head}{bound}nothing found"

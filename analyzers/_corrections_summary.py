@@ -149,11 +149,12 @@ def _overview(run: JudgedRun, others: list[str]) -> list[str]:
     numbers = _numbers(run)
     head = f"{run.name}: " if run.name else ""
     found = [_counts(run, numbers)] if (run.outcomes()[-1] != "").sum() > 1 else []
-    if n := numbers["n_boxes_followed"]:
+    if n := int(numbers["n_boxes_followed"]):
         text = plus_minus(numbers["holding_share"], numbers["holding_share_stderr"])
+        hold = f"{round(n * numbers['holding_share'])} of {n} box{'es' if n > 1 else ''} still hold"
         overlap = numbers["median_overlap"]
         beside = f"; median overlap of consecutive boxes {overlap:.2g}" if np.isfinite(overlap) else ""
-        found.append(f"{text} of {n} boxes still hold at the next checkpoint{beside}")
+        found.append(f"{hold}{'s' if n == 1 else ''} at the next checkpoint ({text}){beside}")
     if others:
         shares = transfer_shares(run)
         known = [j for j in np.flatnonzero(np.isfinite(shares[:, 0])) if others[j] != run.name]

@@ -30,6 +30,15 @@ RETURNS = {
     "sample": _of_sample("Sample: its number in the data"),
     "feature": Var(("feature",), "", "Feature"),
     "class": Var(("class",), "", "Class"),
+    "judged": Var((), "", "Inputs judged"),
+    "correctable": Var((), "", "Of these, with a stable correction"),
+    "not_correctable": Var((), "", "Of these, without one, numerically verified"),
+    "still_open": Var((), "", "Of these, with a gap above the tolerance, or undecided"),
+    "on_target": Var((), "", "Of these, decided for the target already"),
+    "distance_median": Var((), "", "Median stable distance", "distance_median_gap"),
+    "distance_median_gap": Var((), "", "Median stable distance less the median of its lower bounds"),
+    "still_hold": Var((), "", "Part of the previous checkpoint's boxes that hold", "still_hold_stderr"),
+    "still_hold_stderr": Var((), "", "Standard error over samples"),
     "distance": _of_sample("Distance of the nearest correction found"),
     "lower_bound": _of_sample("No correction is nearer"),
     "stable_distance": _of_sample("Distance of the nearest stable correction found"),
@@ -72,13 +81,13 @@ RETURNS = {
 }
 
 TABLE = (
-    "target",
-    "outcome",
-    "stable_lower_bound",
-    "stable_distance",
-    "volume",
-    "previous_holds",
-    "overlap",
+    "judged",
+    "correctable",
+    "not_correctable",
+    "still_open",
+    "on_target",
+    "distance_median",
+    "still_hold",
 )
 
 
@@ -102,6 +111,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     returns=RETURNS,
     figure=draw_corrections,
     summary=summarise,
+    summary_of="call",
     summary_returns=SUMMARY_RETURNS,
     cost=_cost,
     reads=_reads,

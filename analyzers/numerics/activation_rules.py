@@ -16,7 +16,7 @@ from scipy import sparse
 
 from dynprobe.analyzers.numerics.affine_form import Affine, Indices
 from dynprobe.analyzers.numerics.layered_network import Floats, piecewise, smooth
-from dynprobe.analyzers.numerics.traced_forward import Call, Dropped, Final, Refused, Rule
+from dynprobe.analyzers.numerics.traced_call import Call, Dropped, Final, Refused, Rule
 from dynprobe.analyzers.numerics.window_matrices import adaptive_windows, sliding_windows
 
 
@@ -58,8 +58,8 @@ def _hard_tanh(call: Call) -> Affine:
 
 
 def _clamp(call: Call) -> Affine:
-    low = call["min"] if "min" in call else None
-    high = call["max"] if "max" in call else None
+    low = call.get("min")
+    high = call.get("max")
     return _clamped(call, call.operand("self"), low, high)
 
 
@@ -123,7 +123,7 @@ def _final(dropped: Dropped) -> Rule:
     """A last operation over all outputs that does not change which is the largest."""
 
     def rule(call: Call) -> Affine:
-        if "dim" in call and call["self"].shape[call["dim"]] != call["self"].numel():
+        if call.get("dim") is not None and call["self"].shape[call["dim"]] != call["self"].numel():
             raise Refused("is only analysed as the last operation of a network, over all its outputs")
         raise Final(dropped, call.operand("self"))
 
@@ -152,7 +152,7 @@ def _clamped(call: Call, form: Affine, low: Any, high: Any) -> Affine:
 def _along_dims(call: Call) -> Indices:
     """Which entries of the tensor are compared for each result, (n_results, n_compared)."""
     shape = tuple(call["self"].shape)
-    dims = call["dim"] if "dim" in call else None
+    dims = call.get("dim")
     dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     compared = [dim % max(len(shape), 1) for dim in dims]
     others = [dim for dim in range(len(shape)) if dim not in compared]

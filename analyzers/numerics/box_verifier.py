@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork
-from dynprobe.analyzers.numerics.linear_bounds import LinearBounds, bound
+from dynprobe.analyzers.numerics.linear_bounds import LinearBounds, bound, boxes_at_once
 
 # Boxes bounded at once: large enough that products are efficient, small enough that the worst come first.
 _BATCH = 64
@@ -55,12 +55,15 @@ def verify(
     corners = np.array([low, high, (np.asarray(low) + high) / 2])
     if (bad := _violating(network, corners, margin)) is not None:
         return Verdict(False, bad)
+    if (np.asarray(low) >= high).all():
+        return Verdict(True)  # a point, which was just evaluated
+    at_once = min(_BATCH, boxes_at_once(network))
     heap: list[tuple[float, int, Floats, Floats]] = [(-np.inf, 0, np.asarray(low), np.asarray(high))]
     n_boxes = 0
     while heap:
         if n_boxes >= max_boxes or time.monotonic() > deadline:
             return Verdict(None, None, n_boxes)
-        batch = [heapq.heappop(heap) for _ in range(min(_BATCH, len(heap)))]
+        batch = [heapq.heappop(heap) for _ in range(min(at_once, len(heap)))]
         lows, highs = np.stack([b[2] for b in batch], 1), np.stack([b[3] for b in batch], 1)
         bounds = bound(network, lows, highs)
         n_boxes += len(batch)

@@ -15,7 +15,7 @@ from dynprobe.analyzers.numerics.linear_bounds import bound
 
 # Up to so many features random points and all corners of a box are worth their cost.
 _FEW = 4
-_POINTS = 2000
+_POINTS = 200
 _RESTARTS = 6
 _STEPS = 300
 _BISECTIONS = 12
@@ -97,7 +97,9 @@ def _derivative(activation: Activation, z: Floats, value: Floats) -> Floats:
     return np.where(z >= 0, activation.above[:, None], activation.below[:, None])
 
 
-def scattered_seeds(judgement: Judgement, generator: np.random.Generator, *, n_seeds: int = 3) -> list[Floats]:
+def scattered_seeds(
+    judgement: Judgement, generator: np.random.Generator, *, n_seeds: int = 3
+) -> list[Floats]:
     """The nearest of many random points whose surroundings look good: for few features.
 
     Args:
@@ -282,7 +284,9 @@ def _climb_all(judgement: Judgement, start: Floats, goal: float, deadline: float
         point = judgement.on_grid(point)
         return point if judgement.values(point[None])[0] >= goal else None
 
-    furthest = judgement.weights * np.maximum(judgement.high - judgement.start, judgement.start - judgement.low)
+    furthest = judgement.weights * np.maximum(
+        judgement.high - judgement.start, judgement.start - judgement.low
+    )
     far = float(max(furthest.max(), 0.0))
     best = within(far, start)
     near = 0.0

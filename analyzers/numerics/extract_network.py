@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,9 @@ from dynprobe.analyzers.numerics.affine_form import Affine
 from dynprobe.analyzers.numerics.evaluate import call
 from dynprobe.analyzers.numerics.layered_network import Floats, Layer, LayeredNetwork, Matrix, as_matrix
 from dynprobe.analyzers.numerics.linear_rules import LINEAR_RULES
-from dynprobe.analyzers.numerics.params import frozen_eval, set_eval
-from dynprobe.analyzers.numerics.traced_forward import (
-    AsFloat64,
-    Dropped,
-    Refused,
-    Tracer,
-    Undecidable,
-)
+from dynprobe.analyzers.numerics.params import frozen_eval, private_copy, set_eval
+from dynprobe.analyzers.numerics.traced_call import Dropped, Refused, Undecidable
+from dynprobe.analyzers.numerics.traced_forward import AsFloat64, Refusal, Tracer
 
 # Largest difference from the model's own forward pass in float64, relative to its largest output.
 _TOLERANCE = 1e-9
@@ -34,7 +28,7 @@ _BATCH = 256
 
 
 class UnsupportedNetwork(ValueError):
-    """The model has no exact counterpart in affine maps and activations of single neurons; the text says why."""
+    """The model cannot be written as affine maps and activations of single neurons; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ def require_agreement(extracted: Extracted, model: nn.Module, inputs: Tensor) ->
 def _require_same(extracted: Extracted, model: nn.Module, inputs: Tensor, batch_size: int) -> None:
     n = len(inputs)
     try:
-        with AsFloat64():
+        with AsFloat64():  # type: ignore[no-untyped-call]
             expected = _outputs(model, inputs, batch_size)
     except Exception as error:
         raise UnsupportedNetwork(
@@ -149,7 +143,7 @@ def deviation(network: LayeredNetwork | Extracted, model: nn.Module, inputs: Ten
     Args:
         network: In float64.
         model: Not changed.
-        inputs: (n, …), of any dtype and on any device.
+        inputs: (n, …), of any dtype and on any device; that they are rounded to the model's dtype counts too.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     moved = inputs if parameter is None else inputs.to(parameter.device, parameter.dtype)
@@ -162,7 +156,7 @@ def deviation(network: LayeredNetwork | Extracted, model: nn.Module, inputs: Ten
 def _followed(model: nn.Module, example: Tensor) -> Extracted:
     tracer = Tracer({**LINEAR_RULES, **ACTIVATION_RULES}, example)
     try:
-        with AsFloat64():
+        with AsFloat64():  # type: ignore[no-untyped-call]
             call(model, example.clone())
     except Exception as error:
         raise UnsupportedNetwork(f"the model cannot be run in float64: {_first_line(error)}") from error
@@ -171,19 +165,20 @@ def _followed(model: nn.Module, example: Tensor) -> Extracted:
             outputs = call(model, example)
     except Undecidable as error:
         raise UnsupportedNetwork(str(error)) from error
+    try:
+        outcome = tracer.outcome(outputs)
+    except Refused as error:
+        raise UnsupportedNetwork(f"the outputs: {error}") from error
+    if isinstance(outcome, Refusal) and outcome.outputs is None:
+        raise UnsupportedNetwork(outcome.message)
     if outputs.ndim > 2 or (outputs.ndim and outputs.shape[0] != 1):
         raise UnsupportedNetwork(
             f"the model gives outputs of shape {tuple(outputs.shape)} for one input; "
             "only (1, n_outputs) can be analysed"
         )
-    try:
-        outcome = tracer.outcome(outputs)
-    except Refused as error:
-        raise UnsupportedNetwork(f"the outputs: {error}") from error
     if isinstance(outcome, Affine):
         return _finished(example.numel(), tracer.layers, outcome)
-    if outcome.outputs is None:
-        raise UnsupportedNetwork(outcome.message)
+    assert outcome.outputs is not None
     return replace(_finished(example.numel(), tracer.layers, outcome.outputs), dropped=outcome.dropped)
 
 
@@ -201,7 +196,8 @@ def _last_sigmoid(layers: Sequence[Layer], outputs: Affine) -> int | None:
     if len(outputs.parts) != 1 or outputs.constant.any():
         return None
     ((j, matrix),) = outputs.parts.items()
-    if j == 0 or layers[j - 1].activation is None or layers[j - 1].activation.kind != "sigmoid":
+    activation = layers[j - 1].activation if j else None
+    if activation is None or activation.kind != "sigmoid":
         return None
     n = layers[j - 1].n_neurons
     is_identity = matrix.shape == (n, n) and not abs(matrix - sparse.eye(n)).max()
@@ -244,7 +240,7 @@ def _float64_copy(model: nn.Module) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, when it copies an exported program
-            twin = copy.deepcopy(model)
+            twin = private_copy(model)
         set_eval(twin)
         return twin.to("cpu").double()
     except (RuntimeError, TypeError) as error:
@@ -281,7 +277,7 @@ def _check_inputs(example: Tensor, check: Tensor | None) -> Tensor:
 
 def _outputs(model: nn.Module, inputs: Tensor, batch_size: int = _BATCH) -> Floats:
     """What a model gives, (n, n_outputs), in float64 on the CPU; inputs it writes over are copies."""
-    parts = [call(model, part.clone()).detach().cpu().double() for part in inputs.split(batch_size)]
+    parts = [call(model, part.clone()).detach().cpu().double() for part in torch.split(inputs, batch_size)]
     return torch.cat([part.reshape(max(1, *part.shape[:1]), -1) for part in parts]).numpy()
 
 

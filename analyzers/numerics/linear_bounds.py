@@ -1,8 +1,8 @@
 """Linear functions that bound a network from below and above on boxes of its inputs, many boxes at a time.
 
-Hidden neurons are bounded forwards by linear functions of the k inputs, the outputs backwards through all
-layers (CROWN: Zhang, Weng, Chen, Hsieh and Daniel, "Efficient neural network robustness certification with
-general activation functions", NeurIPS 2018). Both are exact where no neuron changes its slope within the box,
+Hidden neurons are bounded forwards by zonotopes, the outputs backwards through all layers too (CROWN: Zhang,
+Weng, Chen, Hsieh and Daniel, "Efficient neural network robustness certification with general activation
+functions", NeurIPS 2018). Both are exact where no neuron changes its slope within the box,
 so that splitting boxes ends.
 
 Arrays have the boxes last, so that every product with a weight matrix is one large product.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dynprobe.analyzers.numerics import zonotope
 from dynprobe.analyzers.numerics.layered_network import (
     Activation,
     Floats,
@@ -23,8 +24,8 @@ from dynprobe.analyzers.numerics.layered_network import (
     product,
 )
 
-# Entries of the largest array that bounding some boxes at a time should make.
-_ENTRIES = 2_000_000
+# Error terms that are kept apart for a box, and entries of the largest array for some boxes at a time.
+_ERRORS, _ENTRIES = 512, 5_000_000
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class LinearBounds:
 
 
 def boxes_at_once(network: LayeredNetwork) -> int:
-    """How many boxes `bound` may take at a time so that each of its arrays stays below 16 MB."""
+    """How many boxes `bound` may take at a time so that each of its arrays stays below 40 MB."""
     widest = max(network.n_inputs, *(layer.n_neurons for layer in network.layers))
-    return max(1, _ENTRIES // (widest * max(network.n_inputs + 1, network.n_outputs)))
+    columns = max(1 + network.n_inputs + min(_ERRORS, network.n_hidden), network.n_outputs)
+    return max(1, _ENTRIES // (widest * columns))
 
 
 def bound(
@@ -71,8 +73,9 @@ def bound(
 ) -> LinearBounds:
     """Bound the outputs of a network on boxes.
 
-    Cost: forwards 4 (k + 1) and backwards 2 r products with every weight matrix per box; with `backward`
-    instead twice as many as there are neurons, which is tighter and for a few boxes of many inputs only.
+    Cost: a product with every weight matrix for each of the k inputs, for each neuron before it that may
+    change its slope within the box, and for each output two backwards; with `backward` twice as many as there
+    are neurons.
 
     Args:
         network: With k inputs and r outputs.
@@ -82,66 +85,41 @@ def bound(
         reach: For slopes (r, k, n) the largest value (r, n) of slopes · t, where only part of the boxes is
             allowed; by default that of the whole box.
     """
-
-    def least_of(function: Floats) -> Floats:
-        return np.asarray(function[:, 0] - (reach(-function[:, 1:]) if reach else _reach(function)))
-
-    def most_of(function: Floats) -> Floats:
-        return np.asarray(function[:, 0] + (reach(function[:, 1:]) if reach else _reach(function)))
-
+    reach = reach or _reach
     centre, radius = (low + high) / 2, (high - low) / 2
-    k, n = centre.shape
-    start = np.zeros((k, k + 1, n))
-    start[:, 0] = centre
-    start[np.arange(k), np.arange(k) + 1] = radius
-    functions: list[tuple[Floats, Floats]] = [(start, start)]
+    k = len(centre)
+    values = [zonotope.inputs(centre, radius)]
     neurons: list[tuple[Floats, Floats]] = []
     relaxations: list[Relaxation] = []
+    n_columns = 1 + k + _ERRORS
     for i, layer in enumerate(network.layers[:-1]):
         assert layer.activation is not None
-        under, over = _affine(layer.sources, layer.bias, functions)
-        least, most = least_of(under), most_of(over)
+        z = zonotope.affine(layer, values)
+        least, most = zonotope.extremes(z, k, reach)
         if backward and i:
             tight = _backward(network, i, np.eye(layer.n_neurons), centre, radius, relaxations)
-            least, most = np.maximum(least, least_of(tight[0])), np.minimum(most, most_of(tight[1]))
-        relaxation = relax(layer.activation, least, most)
+            least = np.maximum(least, tight[0][:, 0] - reach(-tight[0][:, 1:]))
+            most = np.minimum(most, tight[1][:, 0] + reach(tight[1][:, 1:]))
         neurons.append((least, most))
-        relaxations.append(relaxation)
-        functions.append(relaxation.through(under, over))
-    under, over = _affine(network.layers[-1].sources, network.layers[-1].bias, functions)
+        relaxations.append(relax(layer.activation, least, most))
+        values.append(zonotope.activated(layer.activation, z, least, most, n_columns=n_columns))
+    outputs = zonotope.affine(network.layers[-1], values)
+    least, most = zonotope.extremes(outputs, k, reach)
     last = len(network.layers) - 1
     if not last:
-        return LinearBounds(under, over, least_of(under), most_of(over), ())
-    tight = _backward(network, last, np.eye(network.n_outputs), centre, radius, relaxations)
+        return LinearBounds(outputs.form, outputs.form, least, most, ())
+    under, over = _backward(network, last, np.eye(network.n_outputs), centre, radius, relaxations)
     return LinearBounds(
-        tight[0],
-        tight[1],
-        np.maximum(least_of(tight[0]), least_of(under)),
-        np.minimum(most_of(tight[1]), most_of(over)),
+        under,
+        over,
+        np.maximum(least, under[:, 0] - reach(-under[:, 1:])),
+        np.minimum(most, over[:, 0] + reach(over[:, 1:])),
         tuple(neurons),
     )
 
 
-def _reach(function: Floats) -> Floats:
-    return np.asarray(np.abs(function[:, 1:]).sum(1))
-
-
-def _affine(
-    sources: tuple[tuple[int, Matrix], ...], bias: Floats, functions: list[tuple[Floats, Floats]]
-) -> tuple[Floats, Floats]:
-    """Bounding functions of z = Σ W a + b from those of the a, by their middle and half their distance."""
-    middle: Floats | float = 0.0
-    spread: Floats | float = 0.0
-    for j, matrix in sources:
-        under, over = functions[j]
-        if under is over:
-            middle = middle + product(matrix, under)
-        else:
-            middle = middle + product(matrix, (under + over) / 2)
-            spread = spread + product(abs(matrix), (over - under) / 2)
-    middle = np.asarray(middle)
-    middle[:, 0] += bias[:, None]
-    return np.asarray(middle - spread), np.asarray(middle + spread)
+def _reach(slopes: Floats) -> Floats:
+    return np.asarray(np.abs(slopes).sum(1))
 
 
 @dataclass(frozen=True)
@@ -155,15 +133,6 @@ class Relaxation:
     low_offset: Floats
     high_slope: Floats
     high_offset: Floats
-
-    def through(self, under: Floats, over: Floats) -> tuple[Floats, Floats]:
-        """Functions that bound σ(z), from those that bound z."""
-        below, above = self.low_slope[:, None], self.high_slope[:, None]
-        low = np.where(below >= 0, below * under, below * over)
-        high = np.where(above >= 0, above * over, above * under)
-        low[:, 0] += self.low_offset
-        high[:, 0] += self.high_offset
-        return low, high
 
 
 def relax(activation: Activation, least: Floats, most: Floats) -> Relaxation:

@@ -22,7 +22,7 @@ from dynprobe.analyzers.numerics.affine_form import (
     stacked,
 )
 from dynprobe.analyzers.numerics.layered_network import Floats, Matrix
-from dynprobe.analyzers.numerics.traced_forward import Call, Refused, Rule
+from dynprobe.analyzers.numerics.traced_call import Call, Refused, Rule
 from dynprobe.analyzers.numerics.window_matrices import convolution_matrix
 
 # Entries of a basis that an operation is applied to at once.
@@ -56,7 +56,7 @@ def _divide(call: Call) -> Affine:
     a, b = call.operand("self"), call.operand("other")
     if not b.is_constant:
         raise Refused("divides by values that depend on the input")
-    if "rounding_mode" in call and call["rounding_mode"] is not None:
+    if call.get("rounding_mode") is not None:
         raise Refused("rounds")
     return a.scaled(1 / b.constant)
 
@@ -101,7 +101,7 @@ def _rearrange(call: Call) -> Affine:
 
 
 def _filling(call: Call) -> float:
-    value = call["value"] if "value" in call else 0.0
+    value = call.get("value")
     return float(value) if isinstance(value, float | int) else 0.0
 
 
@@ -121,7 +121,7 @@ def _mean(call: Call) -> Affine:
 
 def _reduced(call: Call, factor: float) -> Affine:
     shape = call["self"].shape
-    dims = (call["dim"] if "dim" in call else None) or range(len(shape))
+    dims = call.get("dim") or range(len(shape))
     dims = {dim % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)} if shape else set()
     kept = [1 if i in dims else n for i, n in enumerate(shape)]
     into = torch.arange(math.prod(kept)).reshape(kept).expand(shape).reshape(-1).numpy()
@@ -133,12 +133,12 @@ def _reduced(call: Call, factor: float) -> Affine:
 def _matrix_product(call: Call) -> Affine:
     """Products of matrices, also many at a time and with something added to them."""
     a, b = (
-        (("batch1", "batch2") if "batch1" in call else ("mat1", "mat2"))
-        if "beta" in call
+        (("batch1", "batch2") if call.get("batch1") is not None else ("mat1", "mat2"))
+        if call.get("beta") is not None
         else _FACTORS[call.name]
     )
     found = _product(call, call[a], call[b])
-    if "beta" not in call:
+    if call.get("beta") is None:
         return found
     return found.scaled(float(call["alpha"])).plus(call.operand("self").scaled(float(call["beta"])))
 
@@ -165,7 +165,7 @@ def _kron(a: Floats, b: Floats) -> Matrix:
         return a[0, 0] * b
     if b.shape == (1, 1):
         return a * b[0, 0]
-    require_entries(np.count_nonzero(a) * b.size)
+    require_entries(int(np.count_nonzero(a)) * b.size)
     return sparse.csr_array(sparse.kron(sparse.csr_array(a), sparse.csr_array(b)))
 
 
@@ -201,7 +201,7 @@ def _repeated(matrix: Matrix, times: int) -> Matrix:
 
 def _resample(call: Call) -> Affine:
     """Average pooling and interpolation: the same linear map of positions for each channel."""
-    tensor = call["self"] if "self" in call else call["input"]
+    tensor = call["input"] if call.get("self") is None else call["self"]
     n_axes = 1 if "1d" in call.name else 3 if "3d" in call.name else 2
     size = tuple(tensor.shape[-n_axes:])
     n = math.prod(size)
@@ -221,7 +221,8 @@ def _batch_norm(call: Call) -> Affine:
     if call.get("training"):
         raise Refused("normalises by the statistics of its input, not by kept ones")
     mean, variance = call.constant("running_mean"), call.constant("running_var")
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     weight, bias = call.constant("weight"), call.constant("bias")
     factor = 1 / np.sqrt(variance + call["eps"]) * (1.0 if weight is None else weight)
     shift = (0.0 if bias is None else bias) - mean * factor
@@ -231,12 +232,13 @@ def _batch_norm(call: Call) -> Affine:
 
 
 _REARRANGING = (
-    "cat stack clone alias lift_fresh _unsafe_view view_copy constant_pad_nd reflection_pad1d reflection_pad2d "
-    "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d flip roll repeat index_select index "
-    "gather take masked_select upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
-    "_upsample_nearest_exact2d _upsample_nearest_exact3d slice_scatter select_scatter im2col pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle tril triu masked_fill where index_put "
-    "_reshape_copy rot90 index_fill diagonal_scatter"
+    "cat stack clone alias lift_fresh _unsafe_view view_copy constant_pad_nd reflection_pad1d "
+    "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d flip roll "
+    "repeat index_select index gather take masked_select upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "slice_scatter select_scatter im2col pixel_shuffle pixel_unshuffle channel_shuffle "
+    "native_channel_shuffle tril triu masked_fill where index_put _reshape_copy rot90 index_fill "
+    "diagonal_scatter"
 )
 _LIKE_OTHERS = "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like"
 _RESAMPLING = (

@@ -36,8 +36,6 @@ _KEPT = 512
 _VERIFIED, _PARTS = 2, 512
 # Narrower boxes, in units of the allowed range, are not split; they keep their lower bound.
 _NARROWEST = 1e-9
-# A counterexample this near to the edge of a centre's surroundings does not count: rounding.
-_TOUCH = 1e-12
 
 
 class NearestSearch:
@@ -85,7 +83,7 @@ class NearestSearch:
             known = self.bounds
             if known.closed(tolerance) or known.lower >= cutoff:
                 break
-            self._step(deadline)
+            self._step(deadline, tolerance)
         return self.bounds
 
     def _try_seeds(self, seeds: list[Floats], deadline: float) -> None:
@@ -96,7 +94,7 @@ class NearestSearch:
         centres = np.array(found)
         self._try(centres, suspects(judgement, centres), deadline, at_most=len(centres))
 
-    def _step(self, deadline: float) -> None:
+    def _step(self, deadline: float, tolerance: float) -> None:
         lower, low, high = self._pop()
         if not len(lower):
             return
@@ -106,11 +104,10 @@ class NearestSearch:
         if found.all_stable.any():
             # The corners of boxes are allowed values, so the nearest allowed value is in the box.
             nearest = np.clip(judgement.start[:, None], low, high)[:, found.all_stable].T
-            self._improve(nearest[judgement.distance(nearest).argmin()], deadline)
+            self._improve(nearest[judgement.distance(nearest).argmin()])
         lower = np.maximum(lower, found.distance)
         left = np.flatnonzero((lower < self._distance) & ~found.all_stable)
-        candidates = judgement.on_grid(found.candidate[:, left].T)
-        self._try(candidates, self._worst(candidates, found.descent[:, left].T), deadline, at_most=_VERIFIED)
+        self._try_near(found.candidate[:, left].T, found.descent[:, left].T, deadline, tolerance)
         low, high = _to_allowed(judgement, found.low[:, left], found.high[:, left])
         self._exclude_within(low, high, found.descent[:, left])
         self._split(lower[left], low, high, found.axis[left], deadline)
@@ -142,7 +139,7 @@ class NearestSearch:
         A counterexample p excludes the box of all c with |c - p| ≤ radius. Where that covers a box in all
         features but one, it cuts off an end of the box.
         """
-        reach = np.maximum(self._judgement.radius - _TOUCH, 0)
+        reach = self._judgement.radius
         from_, to = (self._bad - reach)[:, :, None], (self._bad + reach)[:, :, None]
         over_low, over_high = (from_ <= low) & (low <= to), (from_ <= high) & (high <= to)
         covered = over_low & over_high
@@ -153,12 +150,22 @@ class NearestSearch:
         gone = (n_covered[:, 0] == len(low)).any(0)
         return np.where(gone, np.inf, new_low), np.where(gone, -np.inf, new_high)
 
-    def _worst(self, centres: Floats, descent: Floats) -> Floats:
-        """Points around centres (n, k) where the outputs may be least, (n, n_points, k)."""
-        if not self._judgement.is_stable:
-            return centres[:, None]
-        low, high = self._judgement.box_around(centres)
-        return np.stack([centres, np.where(descent > 0, low, high)], 1)
+    def _try_near(self, candidates: Floats, descent: Floats, deadline: float, tolerance: float) -> None:
+        """Try what the linear functions do not exclude, (n, k), and a little more than that.
+
+        Where they are almost exact the outputs hardly reach the margin, which takes many parts to verify and
+        fails by rounding. Half the tolerance further on the way from the start they are above it.
+        """
+        judgement = self._judgement
+        further = judgement.start + (1 + min(tolerance, 1) / 2) * (candidates - judgement.start)
+        if not judgement.is_stable:
+            points = judgement.on_grid(np.concatenate([candidates, further]))
+            self._try(points, points[:, None], deadline, at_most=1)
+            return
+        centres = judgement.on_grid(further)
+        low, high = judgement.box_around(centres)
+        around = np.stack([centres, np.where(descent > 0, low, high)], 1)
+        self._try(centres, around, deadline, at_most=_VERIFIED)
 
     def _try(self, centres: Floats, around: Floats, deadline: float, *, at_most: int) -> None:
         """Verify the nearest of some centres (n, k), of which points around them (n, n_points, k) are good."""
@@ -175,7 +182,7 @@ class NearestSearch:
         for centre in centres[use[good]][:at_most]:
             verdict = holds(judgement, centre, deadline=deadline, max_boxes=_PARTS)
             if verdict.holds:
-                self._improve(centre, deadline)
+                self._improve(centre)
                 return  # the others are further away
             if verdict.counterexample is not None:
                 self._remember(verdict.counterexample[None])
@@ -184,7 +191,7 @@ class NearestSearch:
         if self._judgement.is_stable:
             self._bad = np.concatenate([self._bad, points])[-_KEPT:]
 
-    def _improve(self, centre: Floats, deadline: float) -> None:
+    def _improve(self, centre: Floats) -> None:
         distance = float(self._judgement.distance(centre))
         if distance < self._distance:
             self._distance, self._centre = distance, centre
@@ -223,7 +230,7 @@ class NearestSearch:
         centre = np.clip(self._judgement.start, low, high)
         verdict = holds(self._judgement, centre, deadline=deadline, max_boxes=100 * _PARTS)
         if verdict.holds:
-            self._improve(centre, deadline)
+            self._improve(centre)
         is_point = bool((low == high).all())
         if verdict.holds is None and time.monotonic() > deadline:
             self._push(low[:, None], high[:, None], np.array([lower]))

@@ -24,6 +24,9 @@ Neurons = tuple[tuple[Floats, Floats], ...]
 
 # Shortest time that the solver is given: with none at all it may answer with nothing.
 _SHORTEST = 0.01
+# Non-zero coefficients beyond which the solver does without simplifying the program, for which it may take ten
+# seconds without a look at the clock.
+_SIMPLIFY = 50_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Program:
     def n_integer(self) -> int:
         """How many variables have to be integers."""
         return int(sum(part.sum() for part in self._integer))
+
+    @property
+    def n_entries(self) -> int:
+        """How many coefficients are not zero."""
+        return sum(len(entry[2]) for entry in self._entries)
 
     def variables(
         self, low: Floats, high: Floats, *, cost: Floats | float = 0.0, integer: bool = False
@@ -124,13 +132,18 @@ class Program:
             row_low[raised[0]] += raised[1]
         is_linear = fixed is not None or not integer.any()
         constraint = LinearConstraint(self._matrix(), row_low, np.concatenate(self._row_high))
+        options = {
+            "time_limit": max(deadline - time.monotonic(), _SHORTEST),
+            "mip_rel_gap": gap,
+            "presolve": self.n_entries <= _SIMPLIFY,
+        }
         with _quiet():
             found = milp(
                 np.concatenate(self._cost),
                 integrality=None if is_linear else integer.astype(int),
                 bounds=Box(low, high),
                 constraints=constraint,
-                options={"time_limit": max(deadline - time.monotonic(), _SHORTEST), "mip_rel_gap": gap},
+                options=options,
             )
         bound = found.fun if is_linear and found.status == 0 else found.get("mip_dual_bound")
         return Solution(

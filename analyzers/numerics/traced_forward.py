@@ -6,10 +6,10 @@ and what is written in place is seen through all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +24,17 @@ from dynprobe.analyzers.numerics.affine_form import (
     source_form,
     stacked,
 )
-from dynprobe.analyzers.numerics.layered_network import Activation, Floats, Layer
-
-Dropped = Literal["", "softmax", "sigmoid", "log_softmax", "log_sigmoid"]
-
-
-class Refused(Exception):
-    """An operation has no exact counterpart; the text completes "net.3 is GELU, which …"."""
-
-
-class Undecidable(Exception):
-    """The forward pass uses values of the input outside of tensors."""
+from dynprobe.analyzers.numerics.layered_network import Activation, Layer
+from dynprobe.analyzers.numerics.traced_call import (
+    Call,
+    Dropped,
+    Final,
+    Refused,
+    Rule,
+    Undecidable,
+    operation_name,
+    writes_in_place,
+)
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,7 @@ class Refusal:
     dropped: Dropped = ""
 
 
-class Final(Refused):
-    """An operation that is refused unless the network ends with it, as it does not change the decision.
-
-    Args:
-        dropped: Its name.
-        outputs: What it is applied to.
-    """
-
-    def __init__(self, dropped: Dropped, outputs: Affine) -> None:
-        super().__init__("is only analysed as the last operation of a network")
-        self.dropped, self.outputs = dropped, outputs
-
-
-class AsFloat64(TorchDispatchMode):
+class AsFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 whatever dtype the forward pass asks for."""
 
     @classmethod
@@ -88,83 +75,10 @@ def run_in_float64(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return tree_map(to_double, func(*args, **wanted))
 
 
-class Call:
-    """One operation of the forward pass, as a rule sees it: arguments by name, tensors as affine forms.
-
-    Args:
-        tracer: Knows the forms.
-        func: The aten operation.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        result: What it gave for the values that were followed.
-    """
-
-    def __init__(
-        self, tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-    ) -> None:
-        self._tracer, self.func, self.args, self.kwargs, self.result = tracer, func, args, kwargs, result
-        named = zip(func._schema.arguments, args, strict=False)
-        self._values = {argument.name: value for argument, value in named} | dict(kwargs)
-        self._defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
-
-    @property
-    def name(self) -> str:
-        """Of the operation, like `leaky_relu`."""
-        return operation_name(self.func)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its (first) result."""
-        first = self.result if isinstance(self.result, Tensor) else self.result[0]
-        return tuple(first.shape)
-
-    def __getitem__(self, name: str) -> Any:
-        """An argument as it was given, or its default."""
-        return self._values.get(name, self._defaults[name])
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._defaults
-
-    def form(self, tensor: Tensor) -> Affine:
-        """What a tensor is, flattened."""
-        return self._tracer.form_of(tensor)
-
-    def operand(self, name: str) -> Affine:
-        """An argument, a tensor or a number, as a form broadcast to the shape of the result."""
-        return self.broadcast(self[name])
-
-    def broadcast(self, value: Any) -> Affine:
-        """A tensor or a number as a form of the shape of the result."""
-        if not isinstance(value, Tensor):
-            return constant_form(np.full(int(np.prod(self.shape)), float(value)))
-        index = torch.arange(value.numel()).reshape(value.shape).expand(self.shape)
-        return self.form(value).rows(index.reshape(-1).numpy())
-
-    def constant(self, name: str) -> Floats | None:
-        """An argument that must not depend on the input, in its own shape; None stays.
-
-        Raises:
-            Refused: It depends on it.
-        """
-        value = self[name]
-        if value is None:
-            return None
-        form = self.form(value)
-        if not form.is_constant:
-            raise Refused("has weights that depend on the input")
-        return form.constant.reshape(tuple(value.shape))
-
-    def activate(self, form: Affine, activation: Activation) -> Affine:
-        """Apply an activation, which adds a layer."""
-        return self._tracer.activate(form, activation)
-
-
-Rule = Callable[[Call], Affine]
-
 _DECIDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class Tracer(AsFloat64):
+class Tracer(AsFloat64):  # type: ignore[no-untyped-call]
     """Runs a forward pass and keeps the form of every value, and the layers.
 
     Args:
@@ -173,7 +87,7 @@ class Tracer(AsFloat64):
     """
 
     def __init__(self, rules: Mapping[str, Rule], inputs: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layers: list[Layer] = []
         self._rules = rules
         # Memory by its address; that it is held here keeps the address from being used again.
@@ -197,7 +111,7 @@ class Tracer(AsFloat64):
             raise Undecidable(f"{self._place(operation_name(func))}: what it computes depends on the data")
         if torch.Tag.inplace_view in func.tags:
             return func(*args, **kwargs)
-        if _writes_in_place(func):
+        if writes_in_place(func):
             return self._write(func, args, kwargs)
         if func._schema.is_mutable and operation_name(func) != "rrelu_with_noise":
             return self._give_up(func, args, kwargs)
@@ -337,7 +251,7 @@ class Tracer(AsFloat64):
         if isinstance(record, Refusal):
             return None
         if record is None:
-            whole = target.new_empty(0).set_(target.untyped_storage())  # type: ignore[call-overload]
+            whole = target.new_empty(0).set_(target.untyped_storage())
             record = constant_form(whole.double().numpy())
         index = np.arange(n)
         index[positions] = n + np.arange(len(values))
@@ -350,7 +264,7 @@ class Tracer(AsFloat64):
         return result
 
     def _note(self, result: Any, values: Affine | Refusal) -> None:
-        """Keep the first result of an operation; others, such as the positions of maxima, are not followed."""
+        """Keep the first result of an operation; others, such as positions of maxima, are not followed."""
         tensors = [value for value in tree_iter(result) if isinstance(value, Tensor)]
         self._set(tensors[0], values)
         for other in tensors[1:]:
@@ -383,17 +297,6 @@ class Tracer(AsFloat64):
             if type(module).__module__.startswith("torch.nn") and not list(module.children()):
                 return f"{name or 'the model'} is {type(module).__name__}"
         return f"{self._subject() or 'the model'} uses {operation}"
-
-
-def operation_name(func: Any) -> str:
-    """Name of an aten operation without the underscore of those in place."""
-    name: str = func._schema.name.split("::")[-1]
-    return name[:-1] if _writes_in_place(func) else name
-
-
-def _writes_in_place(func: Any) -> bool:
-    """Whether an operation changes its first argument. Others that may write are refused, having no rule."""
-    return bool(func._schema.is_mutable) and func._schema.name.endswith("_")
 
 
 def _functional(func: Any) -> Any:

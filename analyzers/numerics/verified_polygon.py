@@ -25,7 +25,7 @@ from dynprobe.analyzers.numerics.polygon_verifier import verify_polygon
 
 __all__ = ["LargestPolygon", "largest_polygon", "verify_polygon"]
 
-_N_FIRST, _MAX_CANDIDATE, _MAX_GROW = 48, 20_000, 2_000
+_N_FIRST, _N_SECTORS, _MAX_CANDIDATE, _MAX_GROW = 48, 64, 20_000, 2_000
 _PATH = np.linspace(0.0, 1.0, 65)
 
 
@@ -74,6 +74,7 @@ def largest_polygon(
         return LargestPolygon(inner, 0.0, 0.0)
     search = _Search(judgement, np.asarray(centre, np.float64), inner)
     search.sample_domain()
+    search.grow(start + 0.2 * (deadline - start), max_vertices)
     search.close(start + 0.7 * (deadline - start), tolerance)
     search.simplify(max_vertices)
     search.grow(start + 0.9 * (deadline - start), max_vertices)
@@ -96,7 +97,11 @@ class _Search:
         axes = [np.linspace(low[i], high[i], _N_FIRST) for i in range(2)]
         points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
         points = points[self.judgement.values(points) < self.judgement.margin]
-        self.avoid(points)
+        away = points - np.clip(points, self.inner.min(0), self.inner.max(0))
+        nearest = np.argsort(np.abs(away).sum(1), kind="stable")
+        around = points[nearest] - self.inner.mean(0)
+        sector = np.floor(np.arctan2(around[:, 1], around[:, 0]) / (2 * np.pi) * _N_SECTORS)
+        self.avoid(points[nearest[np.unique(sector, return_index=True)[1]]])
         self.empty.focus()
 
     def avoid(self, points: Floats) -> int:
@@ -115,24 +120,27 @@ class _Search:
 
     def close(self, until: float, tolerance: float) -> None:
         """Try a large polygon, learn from its violating point, and halve what is undecided, in turns."""
+        n_halved = 0
         while time.monotonic() < until and area(self.polygon) < (1 - tolerance) * self.empty.bound:
-            polygon = self.empty.large(tolerance / 5)
-            if area(polygon) > (1 + tolerance / 5) * area(self.polygon):
-                polygon = hull(np.concatenate([polygon, self.inner]))
-                verdict = verify_polygon(
-                    self.judgement.network,
-                    polygon,
-                    self.judgement.margin,
-                    deadline=until,
-                    max_boxes=_MAX_CANDIDATE,
-                )
-                if verdict.holds:
-                    self.polygon = polygon
-                bad = verdict.counterexample
-                if bad is not None and self.avoid(bad[None]):
-                    continue
+            often = n_halved & (n_halved - 1) == 0  # the dear part less and less often
+            if often and self._try_large(until, tolerance):
+                continue
+            n_halved += 1
             if not self.empty.halve():
                 return
+
+    def _try_large(self, until: float, tolerance: float) -> bool:
+        """Verify a large polygon that avoids all points; whether another one is worth a try."""
+        polygon = self.empty.large(tolerance / 5)
+        if area(polygon) <= (1 + tolerance / 5) * area(self.polygon):
+            return False
+        polygon = hull(np.concatenate([polygon, self.inner]))
+        network, margin = self.judgement.network, self.judgement.margin
+        verdict = verify_polygon(network, polygon, margin, deadline=until, max_boxes=_MAX_CANDIDATE)
+        if verdict.holds:
+            self.polygon = polygon
+        bad = verdict.counterexample
+        return bad is not None and self.avoid(bad[None]) > 0
 
     def simplify(self, max_vertices: int) -> None:
         """Drop the vertices that matter least."""

@@ -46,28 +46,26 @@ def inputs(centre: Floats, radius: Floats) -> Zonotope:
 
 def affine(layer: Layer, values: Sequence[Zonotope]) -> Zonotope:
     """What a layer computes of earlier values, before its activation."""
-    widest = max(values[j].form.shape[1] for j, _ in layer.sources)
-    form: Floats | None = None
-    rest: Floats | None = None
-    for j, matrix in layer.sources:
-        part = product(matrix, values[j].form)
-        if form is None:
-            form = part
-            if part.shape[1] < widest:
-                form = np.zeros((part.shape[0], widest, part.shape[2]))
-                form[:, : part.shape[1]] = part
-        else:
+    n_boxes = values[0].form.shape[2]
+    widest = max((values[j].form.shape[1] for j, _ in layer.sources), default=1)
+    parts = [(j, matrix, product(matrix, values[j].form)) for j, matrix in layer.sources]
+    if len(parts) == 1:
+        form = parts[0][2]
+    else:
+        form = np.zeros((layer.n_neurons, widest, n_boxes))
+        for _, _, part in parts:
             form[:, : part.shape[1]] += part
+    rest: Floats | None = None
+    for j, matrix, _ in parts:
         if (known := values[j].rest) is not None:
             added = product(abs(matrix), known)
             rest = added if rest is None else rest + added
-    assert form is not None
     form[:, 0] += layer.bias[:, None]
     return Zonotope(form, rest)
 
 
 def activated(
-    activation: Activation, z: Zonotope, least: Floats, most: Floats, *, n_inputs: int, n_columns: int
+    activation: Activation, z: Zonotope, least: Floats, most: Floats, *, n_columns: int
 ) -> Zonotope:
     """What an activation makes of z within [least, most].
 
@@ -76,7 +74,6 @@ def activated(
         z: What it is applied to.
         least: (n_neurons, n).
         most: (n_neurons, n).
-        n_inputs: k.
         n_columns: No more error terms are kept than fit into so many columns of the form; the smallest
             become part of the rest.
     """

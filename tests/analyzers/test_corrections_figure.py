@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import _correction_results as made
 import numpy as np
 import pytest
@@ -73,6 +75,29 @@ def test_a_polygon_is_drawn_where_it_was_measured():
 def test_boxes_of_earlier_checkpoints_are_outlined():
     one, four = (figure_of(made.stacked(made.two_features(n_checkpoints=n)), "plane").axes[0] for n in (1, 4))
     assert len(four.patches) == len(one.patches) + 3
+
+
+def test_a_nearest_point_that_lies_in_no_drawn_plane_is_left_out():
+    pieces = made.two_features()
+    for name, array in pieces[0].arrays.items():
+        if "feature" in array.dims:
+            extra = np.array(["age"]) if name == "feature" else np.ones((*array.values.shape[:-1], 1))
+            values = np.concatenate([array.values, extra], -1)
+            pieces[0].arrays[name] = replace(array, values=values)
+    pieces[0].arrays["changed"].values[0, 2] = 0
+    pieces[0].arrays["feature_high"].values[2] = 2
+    marks = [len(figure_of(made.stacked(pieces)).axes[0].lines)]
+    pieces[0].arrays["nearest"].values[0, 2] = 0.5
+    marks.append(len(figure_of(made.stacked(pieces)).axes[0].lines))
+    assert marks == [3, 2]
+
+
+def test_planes_without_any_target_are_left_out_where_there_are_others():
+    result = made.stacked(made.two_features(n_samples=2, outcomes=["none_exists", "optimal"]))
+    result["margin_map"][0, 0] = -1
+    assert len(titles(figure_of(result))) == 1
+    result["margin_map"][0, 1] = -1
+    assert len(titles(figure_of(result))) == 2
 
 
 def test_six_of_more_judgements_are_shown_those_with_a_correction_first_and_the_title_says_so():

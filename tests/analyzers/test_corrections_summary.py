@@ -138,6 +138,13 @@ def test_a_bounded_correction_says_how_much_is_needed_at_least():
     assert "distance 0.31, at least 0.251 is needed" in text
 
 
+def test_a_bound_of_zero_is_not_told():
+    assert "needed" not in sentence(**{**POLARIS, "stable_lower_bound": 0.0}, outcome="bounded")
+    unknown = {"stable_distance": np.nan, "lower_bound": 0.0, "stable_lower_bound": 0.0}
+    assert "nearer" not in sentence(outcome="timeout", distance=0.2, **unknown)
+    assert sentence(outcome="timeout", distance=np.inf, **unknown).endswith("time given: nothing found")
+
+
 def test_a_sample_that_fails_is_told_first_and_loudly():
     result = made.stacked(made.two_features(n_samples=3))
     result["sampled_failures"][0, 2] = 12
@@ -197,7 +204,10 @@ def test_the_share_of_boxes_that_hold_is_over_all_consecutive_checkpoints():
     assert summary["n_boxes_followed"].tolist() == [7]
     shrunk = 6 / 9
     assert summary["holding_share_stderr"] == pytest.approx([np.sqrt(shrunk * (1 - shrunk) / 7)])
-    assert any(text.startswith("0.71 ± 0.18 of 7 boxes still hold") for text in summary["finding"])
+    assert any(
+        text.startswith("5 of 7 boxes still hold at the next checkpoint (0.71 ± 0.18)")
+        for text in summary["finding"]
+    )
 
 
 def test_a_share_of_all_has_an_error_and_a_share_of_none_is_unknown():

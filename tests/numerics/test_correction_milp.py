@@ -11,11 +11,12 @@ import pytest
 from scipy.ndimage import minimum_filter
 from scipy.optimize import linprog
 
-from dynprobe.analyzers.numerics import correction_milp
+from dynprobe.analyzers.numerics import correction_milp, correction_model
 from dynprobe.analyzers.numerics.box_verifier import verify
 from dynprobe.analyzers.numerics.correction_milp import n_binaries, nearest_by_milp
 from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
 from dynprobe.analyzers.numerics.layered_network import Layer, LayeredNetwork, piecewise, smooth
+from dynprobe.analyzers.numerics.nearest_correction import NearestSearch
 from dynprobe.analyzers.numerics.network_milp import Program
 
 UNKNOWN = Bounds(0.0, np.inf)
@@ -232,18 +233,22 @@ def test_search_ends_at_the_deadline_with_a_bound():
     assert 0 < found.lower < np.inf
 
 
-def test_smooth_or_too_large_networks_leave_what_is_known(monkeypatch):
+def test_smooth_networks_leave_what_is_known():
     known = Bounds(0.1, 0.7, np.array([0.1, 0.2]))
-    network = random_network([2, 7, 6, 5, 2])
-    judgement = random_judgement(network)
-    layers = [replace(layer, activation=layer.activation and smooth("tanh")) for layer in network.layers]
-    assert solve(replace(judgement, network=replace(network, layers=tuple(layers))), known=known) is known
-    monkeypatch.setattr(correction_milp, "_MOST_BINARIES", 0)
-    monkeypatch.setattr(correction_milp, "_BISECTIONS", 0)
-    judgement = replace(judgement, network=network)
-    assert n_binaries(judgement, within=0.7) > 0
+    judgement = random_judgement(random_network([2, 7, 6, 1]))
+    first, second, last = judgement.network.layers
+    layers = (replace(first, activation=smooth("tanh")), replace(second, activation=smooth("sigmoid")), last)
+    assert solve(replace(judgement, network=LayeredNetwork(2, layers)), known=known) is known
+
+
+def test_networks_too_large_for_the_solver_leave_what_is_known(monkeypatch):
+    judgement = random_judgement(random_network([3, 12, 12, 1]))
+    truth = solve(judgement).upper
+    monkeypatch.setattr(correction_model, "_MOST_BINARIES", 0)
+    known = Bounds(0.99 * truth, 1.2 * truth, np.array([0.1, 0.2, 0.3]))
+    assert n_binaries(judgement, within=known.upper) > 0
     found = solve(judgement, known=known)
-    assert (found.lower, found.upper, found.centre is known.centre) == (0.1, 0.7, True)
+    assert (found.lower, found.upper, found.centre is known.centre) == (known.lower, known.upper, True)
 
 
 def test_binaries_are_the_neurons_that_change_sign_and_fewer_in_a_smaller_ball():
@@ -265,7 +270,7 @@ def test_reach_of_a_ball_within_boxes_is_that_of_a_linear_program():
     starts = np.clip(starts, low, high)
     radius = (high - low) / 2
     slopes[:, radius == 0] = 0
-    reach = correction_milp._reach_of_ball(starts, weights, within, low, high)(slopes)
+    reach = correction_model.reach_of_ball(starts, weights, within, low, high)(slopes)
     for r, i in itertools.product(range(2), range(n)):
         per_unit = np.where(
             radius[:, i] > 0, slopes[r, :, i] / np.where(radius[:, i] > 0, radius[:, i], 1), 0
@@ -293,3 +298,15 @@ def test_solver_never_writes_to_the_standard_output(capfd, monkeypatch):
     solve(judgement)
     print("after")
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.03])
+@pytest.mark.parametrize(("k", "norm"), [(3, "l1"), (3, "linf"), (4, "l1")])
+def test_distance_is_that_of_branch_and_bound(k, norm, radius):
+    judgement = random_judgement(random_network([k, 8, 8, 1], seed=7), norm=norm, radius=radius)
+    found = solve(judgement)
+    other = NearestSearch(judgement).run(deadline=time.monotonic() + 1, tolerance=0.02)
+    assert found.closed(0.01)
+    assert found.lower <= other.upper + 1e-9
+    assert other.lower <= found.upper + 1e-9
+    assert other.upper - other.lower <= 0.1 * other.upper

@@ -1,0 +1,359 @@
+"""Corrections: branch and bound beside MILP refinement, brute force, DiCE and Marabou; one thread.
+
+    python benchmarks/corrections.py
+    python benchmarks/corrections.py --quick --parts speed,area
+    python benchmarks/corrections.py --polaris DIR      # a checkout of xinpl/Polaris: the authors' own network
+
+Networks are trained here on tables that scikit-learn ships; samples, features that may change and classes to
+be decided for are drawn at random, and nothing is left out. Everything is in units of the features' ranges: a
+correction is stable if it holds within 2.5 % of each. Peers that can be imported run (`pip install --no-deps
+dice-ml maraboupy` and what dice-ml needs); the others are named with the reason. Times are of the process's CPU
+clock, limits are wall time as a user would give them; only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import _corrections_peers as peers
+import numpy as np
+import torch
+from _corrections_tasks import (
+    AUTHORS_FEATURES,
+    Case,
+    Net,
+    authors_net,
+    brute_force_area,
+    cases,
+    pairs,
+    trained,
+)
+
+from dynprobe.analyzers._correction_search import nearest
+from dynprobe.analyzers.numerics.box_verifier import verify
+from dynprobe.analyzers.numerics.correction_milp import nearest_by_milp
+from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
+from dynprobe.analyzers.numerics.largest_box import LargestBox, largest_box
+from dynprobe.analyzers.numerics.layered_network import Floats
+from dynprobe.analyzers.numerics.linear_bounds import bound
+from dynprobe.analyzers.numerics.nearest_correction import NearestSearch
+
+T = TypeVar("T")
+
+TOLERANCE = 0.01
+SMALL = [(table, width) for width in ((16, 16), (32, 32)) for table in ("wine", "iris", "breast_cancer")]
+DEEP = (100,) * 8
+# Of diabetes: body mass, blood pressure and three of the blood's values; age and sex are left alone.
+DIABETES_FEATURES = (2, 3, 4, 7, 8)
+N_SAMPLED, CHUNK = 200_000, 20_000
+# Judgements of the deep network that a MILP is tried on: each takes all of its time.
+N_HOPELESS = 3
+# Marabou's own tolerance.
+SLACK = 1e-6
+
+
+def timed(run: Callable[[], T]) -> tuple[float, T]:
+    """CPU seconds and what was found."""
+    start = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+def branch_and_bound(judgement: Judgement, seconds: float) -> Bounds:
+    return NearestSearch(judgement).run(deadline=time.monotonic() + seconds, tolerance=TOLERANCE)
+
+
+def milp_refinement(judgement: Judgement, seconds: float) -> Bounds:
+    return nearest_by_milp(
+        judgement, known=Bounds(0.0, math.inf), deadline=time.monotonic() + seconds, tolerance=TOLERANCE
+    )
+
+
+def box_around(judgement: Judgement, centre: Floats, seconds: float) -> LargestBox:
+    return largest_box(judgement, centre, *judgement.box_around(centre), deadline=time.monotonic() + seconds)
+
+
+def agree(a: Bounds, b: Bounds) -> bool:
+    """Whether two answers can both be right: neither found what the other excludes."""
+    slack = 1e-6
+    return a.lower <= b.upper + slack and b.lower <= a.upper + slack
+
+
+# 1. Branch and bound beside MILP refinement
+
+
+def compare_speed(n_cases: int, seconds: float) -> None:
+    """Stable corrections of 3 to 5 features, each way alone, up to the same gap."""
+    print(f"\nstable corrections, gap 1 %, limit {seconds:g} s: branch and bound beside MILP refinement")
+    print(
+        "network          features  solved by each of   no correction   CPU s: B&B   MILP   median of ratios"
+    )
+    everything: list[tuple[float, float, Bounds, Bounds]] = []
+    for n_features in (3, 4, 5):
+        for table, width in SMALL:
+            if table == "iris" and n_features == 5:
+                continue
+            net = trained(table, width)
+            rows = []
+            for case in cases(net, n_features, n_cases):
+                ours, a = timed(lambda case=case: branch_and_bound(case.judgement, seconds))
+                theirs, b = timed(lambda case=case: milp_refinement(case.judgement, seconds))
+                rows.append((ours, theirs, a, b))
+            say_speed(f"{net.name:22}{n_features}", rows)
+            everything += rows
+    say_speed("all", everything)
+    n_agreeing = sum(agree(a, b) for _, _, a, b in everything)
+    print(f"both intervals have a distance in common (or both prove that there is none): {n_agreeing} of "
+          f"{len(everything)}")  # fmt: skip
+    both = [row for row in everything if row[2].closed(TOLERANCE) and row[3].closed(TOLERANCE)]
+    say_speed("solved by both", both)
+
+
+def say_speed(title: str, rows: Sequence[tuple[float, float, Bounds, Bounds]]) -> None:
+    solved = [sum(row[i].closed(TOLERANCE) for row in rows) for i in (2, 3)]
+    none = sum(math.inf in (a.lower, b.lower) for _, _, a, b in rows)
+    ours, theirs = sum(row[0] for row in rows), sum(row[1] for row in rows)
+    ratio = np.median([row[1] / row[0] for row in rows]) if rows else math.nan
+    print(
+        f"{title:26} {solved[0]:3} {solved[1]:3} of {len(rows):3} {none:12} {ours:15.2f} {theirs:8.2f} "
+        f"(x{theirs / max(ours, 1e-9):.1f}) {ratio:10.1f}",
+        flush=True,
+    )
+
+
+# 2. Eight layers of 100
+
+
+def compare_deep(net: Net, features: Sequence[int], target: int, n_cases: int, seconds: float) -> None:
+    """The nearest stable correction over all pairs of five features, of the first rejected samples."""
+    rejected = np.flatnonzero(net.decides(net.points) != target)[:n_cases]
+    times, found, boxes, unstable = [], [], [], []
+    for sample in rejected:
+        both = pairs(net, int(sample), features, target)
+        ways = [way for _, way in both]
+        spent, answer = timed(
+            lambda ways=ways: nearest(
+                ways, stable=True, deadline=time.monotonic() + seconds, tolerance=TOLERANCE, seed=0
+            )
+        )
+        times.append(spent)
+        found.append(answer)
+        unstable += [int(n_unstable(way.judgement)) for way in ways]
+        if answer.way is not None:
+            judgement, centre = answer.way.judgement, answer.centre
+            boxes.append(timed(lambda j=judgement, c=centre: box_around(j, c, 5.0)))
+    outcomes = [answer.outcome(TOLERANCE, smooth=False) for answer in found]
+    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(set(outcomes)))
+    print(
+        f"\n{net.name}: nearest stable correction over all {len(ways)} pairs of {len(features)} features, "
+        f"{len(rejected)} rejected samples (limit {seconds:g} s)\n"
+        f"  CPU s: median {np.median(times):.2f}, 90 % {np.quantile(times, 0.9):.2f}, most {max(times):.2f}; "
+        f"{counts}\n"
+        f"  up to {max(unstable)} of {net.network.n_hidden} neurons change their slope in a pair's domain",
+        flush=True,
+    )
+    if boxes:
+        close = sum(box.volume >= 0.95 * box.volume_bound for _, box in boxes)
+        print(f"  largest box: CPU s median {np.median([t for t, _ in boxes]):.2f}; {close} of {len(boxes)} within "
+              f"5 % of the bound; median volume {np.median([b.volume for _, b in boxes]):.3f}")  # fmt: skip
+    hard = [answer.way.judgement for answer in found if answer.way is not None][:N_HOPELESS]
+    n_solved = sum(milp_refinement(judgement, seconds).closed(TOLERANCE) for judgement in hard)
+    print(
+        f"  MILP refinement, told the right pair: {n_solved} of {len(hard)} within the same limit", flush=True
+    )
+
+
+def n_unstable(judgement: Judgement) -> int:
+    k = judgement.n_features
+    return int(bound(judgement.network, np.zeros((k, 1)), np.ones((k, 1))).n_unstable[0])
+
+
+# 3. Volume beside brute force
+
+
+def corrected(nets: Sequence[Net], n_features: Sequence[int], seed: int) -> Iterator[tuple[Case, Bounds]]:
+    """Cases with a stable correction, of each network and number of features in turn, without end."""
+    queues = [iter(cases(net, k, 1000, seed)) for k in n_features for net in nets]
+    while True:
+        for queue in queues:
+            for case in queue:
+                found = branch_and_bound(case.judgement, 1.0)
+                if found.centre is not None:
+                    yield case, found
+                    break
+
+
+def compare_area(n_cases: int, n_grid: int, seconds: float) -> None:
+    """The verified box of two features beside the best rectangle of valid grid points."""
+    ratios, bounds, times = [], [], []
+    for case, found in itertools.islice(corrected(small_nets(), [2], 1), n_cases):
+        judgement = case.judgement
+        spent, box = timed(lambda j=judgement, c=found.centre: box_around(j, c, seconds))
+        best = brute_force_area(judgement, *judgement.box_around(found.centre), n_grid)
+        times.append(spent)
+        ratios.append(box.volume / best)
+        bounds.append(box.volume_bound / best)
+    print(
+        f"\nlargest box of two features beside the best rectangle of valid points of a {n_grid} x {n_grid} grid, "
+        f"{n_cases} judgements\n  volume over brute force: least {min(ratios):.3f}, median {np.median(ratios):.3f}, "
+        f"{sum(r >= 0.95 for r in ratios)} of {n_cases} at least 0.95\n  bound over brute force: least "
+        f"{min(bounds):.3f}, median {np.median(bounds):.3f}; CPU s: median {np.median(times):.2f}, most "
+        f"{max(times):.2f}",
+        flush=True,
+    )
+
+
+def small_nets() -> list[Net]:
+    return [trained(table, width) for table, width in SMALL]
+
+
+# 4. Boxes: sampled, and decided by another verifier
+
+
+def check_boxes(n_boxes: int, n_marabou: int, n_samples: int, *, marabou: bool) -> None:
+    """Samples in the model's own dtype; Marabou on the box, and on one stretched beyond a counterexample."""
+    n_failed = n_tried = 0
+    volumes = []
+    answers: list[tuple[str, str]] = []
+    for i, (case, found) in enumerate(itertools.islice(corrected(small_nets(), [2, 3, 4], 2), n_boxes)):
+        judgement = case.judgement
+        box = box_around(judgement, found.centre, 0.5)
+        volumes.append(box.volume)
+        failed = failures(case, box, n_samples, i)
+        n_failed, n_tried = n_failed + failed, n_tried + n_samples
+        if marabou and len(answers) < n_marabou:
+            answers += decided_by_marabou(judgement, box)
+    print(f"\n{n_boxes} boxes of 2 to 4 features (median volume {np.median(volumes):.3f}): {n_failed} of {n_tried:,} "
+          f"samples fail in float32", flush=True)  # fmt: skip
+    if marabou:
+        held = [a for a, _ in answers]
+        print(f"  Marabou: {held.count('unsat')} of {len(answers)} boxes have no counterexample "
+              f"({held.count('sat')} have), {sum(b == 'sat' for _, b in answers)} of {len(answers)} stretched boxes "
+              "have one")  # fmt: skip
+
+
+def failures(case: Case, box: LargestBox, n_samples: int, seed: int) -> int:
+    """How many points of a box the model does not decide for the target; a quarter of them on its boundary."""
+    generator = np.random.default_rng(seed)
+    failed = 0
+    for _ in range(0, n_samples, CHUNK):
+        t = generator.random((CHUNK, len(box.low)))
+        t[: CHUNK // 4] = np.where(generator.random((CHUNK // 4, 1)) < t[: CHUNK // 4], np.round(t[: CHUNK // 4]),
+                                   t[: CHUNK // 4])  # fmt: skip
+        t[: 2 ** len(box.low)] = list(itertools.product((0.0, 1.0), repeat=len(box.low)))
+        points = case.inputs(box.low + t * (box.high - box.low))
+        failed += int((case.net.decides(points) != case.target).sum())
+    return failed
+
+
+def decided_by_marabou(judgement: Judgement, box: LargestBox) -> list[tuple[str, str]]:
+    """Its answers for a box and for the least of some stretched ones in which the verifier finds a failure."""
+    for stretch in (1.02, 1.1, 1.3, 2.0, 4.0, 100.0):
+        middle, half = (box.low + box.high) / 2, stretch * (box.high - box.low) / 2
+        low, high = np.maximum(middle - half, judgement.low), np.minimum(middle + half, judgement.high)
+        if verify(judgement.network, low, high, -SLACK).holds is False:
+            break
+    else:
+        return []  # nothing in the domain fails
+    own = peers.marabou(judgement.network, box.low, box.high, judgement.margin - SLACK)
+    return [(own, peers.marabou(judgement.network, low, high, judgement.margin - SLACK))]
+
+
+# 5. DiCE
+
+
+def compare_dice(n_cases: int, seconds: float) -> None:
+    """Distance and stability of DiCE's nearest counterfactual, over all cases whether or not there is one."""
+    drawn = [case for net in small_nets() for k in (2, 3, 4) for case in cases(net, k, n_cases, seed=3)]
+    ours = [timed(lambda c=case: branch_and_bound(c.judgement.for_points(), seconds)) for case in drawn]
+    stable = [branch_and_bound(case.judgement, seconds) for case in drawn]
+    exists = [point.centre is not None for _, point in ours]
+    print(
+        f"\ncounterfactuals of 2 to 4 features, {len(drawn)} judgements: {sum(exists)} have a correction, "
+        f"{sum(point.lower == math.inf for _, point in ours)} provably none; stable ones: "
+        f"{sum(found.centre is not None for found in stable)} and {sum(b.lower == math.inf for b in stable)}\n"
+        "                  found    distance over the nearest      stable    CPU s"
+    )
+    say_dice("dynprobe", drawn, ours, [(t, point.centre) for t, point in ours])
+    for method in ("random", "genetic"):
+        answers = []
+        for case in drawn:
+            start = time.process_time()
+            answers.append((peers.dice(case, method), time.process_time() - start))
+        say_dice(f"DiCE, {method}", drawn, ours, [(t, point) for point, t in answers])
+
+
+def say_dice(
+    title: str,
+    drawn: Sequence[Case],
+    ours: Sequence[tuple[float, Bounds]],
+    answers: Sequence[tuple[float, Floats | None]],
+) -> None:
+    ratios, n_stable = [], 0
+    for case, (_, nearest_one), (_, point) in zip(drawn, ours, answers, strict=True):
+        if point is None:
+            continue
+        ratios.append(float(case.judgement.distance(point)) / nearest_one.upper)
+        verdict = verify(case.judgement.network, *case.judgement.box_around(point), case.judgement.margin)
+        n_stable += verdict.holds is True
+    n_exist = sum(nearest_one.centre is not None for _, nearest_one in ours)
+    low, middle, high = np.quantile(ratios, (0.0, 0.5, 1.0))
+    print(
+        f"{title:16} {len(ratios):3} of {n_exist:3}   {middle:6.2f} ({low:.2f} to {high:.2f}) {n_stable:9} of "
+        f"{len(ratios)} {np.median([t for t, _ in answers]):10.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default="speed,deep,area,boxes,dice")
+    parser.add_argument("--quick", action="store_true", help="a few judgements of each part")
+    parser.add_argument("--seconds", type=float, default=6.0, help="limit of one solve of the first part")
+    parser.add_argument("--polaris", type=Path, help="checkout of xinpl/Polaris, for the authors' network")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    missing = peers.find_peers()
+    print(time.strftime("%d %B %Y"), "|", peers.versions(), "|", "python", " ".join(sys.argv))
+    for name, reason in missing.items():
+        if reason:
+            print(f"{name} is skipped: {reason}")
+    quick = options.quick
+    n_deep = 4 if quick else 20
+    parts = {
+        "speed": lambda: compare_speed(
+            1 if quick else 4, min(options.seconds, 2.0) if quick else options.seconds
+        ),
+        "deep": lambda: [compare_deep(*task, n_deep, 15.0) for task in deep_tasks(options.polaris)],
+        "area": lambda: compare_area(4 if quick else 24, 201 if quick else 401, 2.0),
+        "boxes": lambda: check_boxes(
+            6 if quick else 100,
+            3 if quick else 30,
+            20_000 if quick else N_SAMPLED,
+            marabou=not missing["maraboupy"],
+        ),
+        "dice": lambda: compare_dice(1 if quick else 3, 3.0) if not missing["dice-ml"] else None,
+    }
+    for name in options.parts.split(","):
+        parts[name]()
+
+
+def deep_tasks(polaris: Path | None) -> Iterator[tuple[Net, Sequence[int], int]]:
+    yield trained("diabetes", DEEP, 150), DIABETES_FEATURES, 1
+    if polaris is not None:
+        yield authors_net(polaris), AUTHORS_FEATURES, 0
+
+
+if __name__ == "__main__":
+    main()
