@@ -37,7 +37,9 @@ class Way:
         point: The judged input with this way's category, (n_inputs,).
         base: What the change of category costs.
         target: Class to be decided.
-        categories: For every one-hot group the category's position, -1 for none.
+        categories: For every one-hot group the category's position.
+        floor: A lower bound on its total distance that is known from the start.
+        lead: Least output at the judged input: the nearer to the margin, the more promising.
     """
 
     columns: tuple[int, ...]
@@ -46,6 +48,8 @@ class Way:
     base: float
     target: int
     categories: tuple[int, ...] = ()
+    floor: float = 0.0
+    lead: float = 0.0
     _search: dict[bool, Solver] = field(default_factory=dict, repr=False)
 
     def solver(self, *, stable: bool, seeds: Sequence[Floats], seed: int) -> Solver:
@@ -203,28 +207,29 @@ def nearest(
         seeds: Corrections of ways that may hold: those of the checkpoint before.
         floor: A lower bound that is known already.
     """
-    told = {id(way): [point for owner, point in seeds if owner is way] for way in ways}
-    solvers = [way.solver(stable=stable, seeds=told[id(way)], seed=seed) for way in ways]
-    lower = np.array([way.total(s.bounds.lower) for way, s in zip(ways, solvers, strict=True)])
+    known_points = {id(way): [point for owner, point in seeds if owner is way] for way in ways}
+    solvers = [way.solver(stable=stable, seeds=known_points[id(way)], seed=seed) for way in ways]
+    lower = np.array([_lower(way, s) for way, s in zip(ways, solvers, strict=True)])
     upper = np.array([way.total(s.bounds.upper) for way, s in zip(ways, solvers, strict=True)])
     started = np.zeros(len(ways), bool)
-    first = [i for i, way in enumerate(ways) if told[id(way)]]
+    first = [i for i, way in enumerate(ways) if known_points[id(way)]]
     while True:
         best = float(upper.min())
         enough = best * (1 - tolerance)
         open_ = [i for i in range(len(ways)) if lower[i] < enough and not solvers[i].exhausted]
         if not open_ or time.monotonic() > deadline:
             break
-        i = first.pop(0) if first else min(open_, key=lambda i: (started[i], lower[i], ways[i].base))
-        if i not in open_:
-            continue
+        told = first.pop(0) if first else None
+        i = told if told in open_ else min(open_, key=lambda i: (lower[i], started[i], -ways[i].lead))
         way, solver = ways[i], solvers[i]
-        alone = len(open_) == 1 or way.judgement.n_features > FEW
-        until = deadline if alone else min(deadline, time.monotonic() + SLICE)
-        # a way that changes nothing but the category has its answer at once
+        now = time.monotonic()
+        # a MILP that is interrupted starts again, so that each way with many features has its share at once
+        n_left = sum(not started[j] for j in open_) or 1
+        share = (deadline - now) / n_left if way.judgement.n_features > FEW else SLICE
+        until = deadline if len(open_) == 1 else min(deadline, now + share)
         solver.run(until, tolerance, way.remaining(enough))
         started[i] = True
-        lower[i], upper[i] = way.total(solver.bounds.lower), way.total(solver.bounds.upper)
+        lower[i], upper[i] = _lower(way, solver), way.total(solver.bounds.upper)
     n_boxes = sum(solver.bounds.n_boxes for solver in solvers)
     winner = int(upper.argmin())
     if not math.isfinite(upper[winner]):
@@ -234,3 +239,7 @@ def nearest(
     known = min(max(float(lower.min()), floor), float(upper[winner]))
     solver = solvers[winner]
     return Found(known, float(upper[winner]), ways[winner], solver.bounds.centre, solver.name, n_boxes)
+
+
+def _lower(way: Way, solver: Solver) -> float:
+    return max(way.total(solver.bounds.lower), way.floor)

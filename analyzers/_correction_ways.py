@@ -13,8 +13,15 @@ from dynprobe.analyzers._correction_features import FeatureTable
 from dynprobe.analyzers._correction_model import Classifier
 from dynprobe.analyzers._correction_search import FEW, Way
 from dynprobe.analyzers.core.contract import OptionError
+from dynprobe.analyzers.numerics.centre_bounds import bound_centres
 from dynprobe.analyzers.numerics.correction_problem import Judgement, Norm
 from dynprobe.analyzers.numerics.layered_network import Floats
+
+MOST_SUBSETS = 5000
+"""Subsets of features that are searched at most."""
+
+_SCREENED, _SCREENED_AT_ONCE = 16, 256
+"""From how many subsets on they are screened, and how many at once."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ def most_changed(asked: int, table: FeatureTable, shape: str) -> int:
         OptionError: If a polygon is asked for and other than two features may change.
     """
     k = len(table.names) + len(table.groups)
-    found = min(asked, k) if asked else k if k <= FEW else 2
+    usual = 2 if k > FEW and math.comb(k, 2) <= MOST_SUBSETS else k
+    found = min(asked, k) if asked else usual
     if shape == "polygon" and (found != 2 or len(table.names) < 2):
         raise OptionError(
             f"a polygon needs two features that change, and here it is {found} of {k}.",
@@ -60,14 +68,61 @@ def ways_of(rules: Rules, classifier: Classifier, point: Floats, targets: Sequen
     """Every subset of features, category and target that is allowed for one judged input (n_inputs,)."""
     table = rules.table
     found = []
+    _check_number(rules)
     for target, (categories, changed, n_changed, base) in itertools.product(
         targets, _category_choices(rules, point)
     ):
         size = min(rules.max_changed - n_changed, len(table.names))
-        for columns in itertools.combinations(range(len(table.names)), size):
+        lead = float(classifier.margins(target)(changed[None]).min())
+        subsets = list(itertools.combinations(range(len(table.names)), size))
+        floors = _floors(rules, classifier, changed, subsets, target)
+        for columns, floor in zip(subsets, floors, strict=True):
             judgement = _judgement(rules, classifier, changed, columns, target)
-            found.append(Way(columns, judgement, changed, base, target, categories))
+            way = Way(columns, judgement, changed, base, target, categories)
+            way.floor, way.lead = way.total(float(floor)), lead
+            found.append(way)
     return found
+
+
+def _check_number(rules: Rules) -> None:
+    """Refuse so many subsets that not even one look at each is affordable.
+
+    Raises:
+        OptionError: If there are more than `MOST_SUBSETS`.
+    """
+    k = len(rules.table.names)
+    n_subsets = math.comb(k, min(rules.max_changed, k))
+    if n_subsets > MOST_SUBSETS:
+        raise OptionError(
+            f"{rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways, and at most "
+            f"{MOST_SUBSETS:,} are searched.",
+            f"Choose fewer --features, or --max-changed 1, or --max-changed {k} to change all at once.",
+        )
+
+
+def _floors(
+    rules: Rules, classifier: Classifier, point: Floats, subsets: list[tuple[int, ...]], target: int
+) -> Floats:
+    """For every subset a distance below which it has no correction, all with few passes of bounds.
+
+    Most pairs of many features are out of the question for a single look at each, which this is.
+    """
+    k = len(rules.table.names)
+    floors = np.zeros(len(subsets))
+    if len(subsets) < _SCREENED:
+        return floors
+    whole = _judgement(rules, classifier, point, tuple(range(k)), target).for_points()
+    for first in range(0, len(subsets), _SCREENED_AT_ONCE):
+        part = subsets[first : first + _SCREENED_AT_ONCE]
+        low = np.repeat(whole.start[:, None], len(part), 1)
+        high = low.copy()
+        for i, columns in enumerate(part):
+            low[list(columns), i], high[list(columns), i] = (
+                whole.low[list(columns)],
+                whole.high[list(columns)],
+            )
+        floors[first : first + len(part)] = bound_centres(whole, low, high).distance
+    return floors
 
 
 def _category_choices(rules: Rules, point: Floats) -> Iterator[tuple[tuple[int, ...], Floats, int, float]]:

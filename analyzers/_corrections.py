@@ -27,6 +27,9 @@ from dynprobe.analyzers.numerics.verified_polygon import largest_polygon
 _NEAREST, _STABLE, _BOX, _SAMPLED = 0.25, 0.65, 0.9, 1.0
 _ELSEWHERE = 0.1  # of the budget, for each question whether a box holds at another checkpoint
 
+_ROOM = 0.99
+"""Of the margin that is searched for, what a box must have in the numbers of the report, which are rounded."""
+
 MAP_SIZE = 81
 """Points along each axis of the map of the decision in two features."""
 
@@ -82,6 +85,10 @@ class Judge:
     def _table(self) -> FeatureTable:
         return self.rules.table
 
+    @property
+    def _verified(self) -> float:
+        return _ROOM * self.rules.margin
+
     @cached_property
     def columns(self) -> Columns:
         """What is reported of an input."""
@@ -97,7 +104,7 @@ class Judge:
             before: What the checkpoint before said, or None.
         """
         start = time.monotonic()
-        record = Record(self.columns.shown(point), decided, margin=self.rules.margin)
+        record = Record(self.columns.shown(point), decided, margin=self._verified)
         if before is not None and before.box.is_known:
             record.previous_holds = self._holds_here(point, before.box, before.target)
         if decided in targets:
@@ -222,7 +229,7 @@ class Judge:
         found = largest_box(judgement, centre, inner_low, inner_high, deadline=deadline, tolerance=0.05)
         box = self._reported(way, found.low, found.high)
         checked = holds(
-            self.classifier, self.columns, way.point, box, way.target, self.rules.margin, deadline + 1
+            self.classifier, self.columns, way.point, box, way.target, self._verified, deadline + 1
         )
         if not checked.holds:
             record.notes.append("a box was left out: rounding to the features' units has put it outside")
@@ -277,12 +284,12 @@ class Judge:
     # Elsewhere
 
     def _holds_here(self, point: Floats, box: ReportedBox, target: int) -> float:
-        return self._answer(self.classifier, point, box, target, self.rules.margin)
+        return self._answer(self.classifier, point, box, target, self._verified)
 
     def _holds_at(self, other: Classifier | None, point: Floats, box: ReportedBox, record: Record) -> float:
         if other is None or not box.is_known:
             return NAN
-        return self._answer(other, point, box, record.target, self.rules.margin)
+        return self._answer(other, point, box, record.target, self._verified)
 
     def _answer(
         self, classifier: Classifier, point: Floats, box: ReportedBox, target: int, margin: float

@@ -121,7 +121,10 @@ class Setup:
     def model(self, slot: str = "") -> torch.nn.Module:
         """The module of a slot (`""`, `"a"`, `"b"`), built once and refilled per checkpoint."""
         if slot not in self.models:
-            model = self.make_model().to(self.device)
+            import torch
+
+            with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and then replaced
+                model = self.make_model().to(self.device)
             # not model.to(dtype), which would drop the imaginary part of complex parameters
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_floating_point():

@@ -17,11 +17,13 @@ from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork
 from dynprobe.analyzers.numerics.linear_bounds import LinearBounds, bound
 from dynprobe.analyzers.numerics.network_milp import Indices, Program, Solution, add_network, unstable
 
-# Beyond these binaries and non-zero coefficients the solver gets nowhere and is late to notice its time limit;
-# and beyond these entries of the affine maps of all neurons, building alone takes long.
+# Beyond these binaries and non-zero coefficients the solver gets nowhere, and notices late that its time is
+# up; beyond these entries of the affine maps of all neurons, building alone takes long.
 _MOST_BINARIES, _MOST_COEFFICIENTS, _MOST_ENTRIES = 3000, 250_000, 20_000_000
 # Multiplications that bounding hidden neurons backwards may take, about a second.
 _BACKWARD_COST = 1e10
+# Upper bound of the outputs as the solver sees them.
+_LARGEST_OUTPUT = 100.0
 # By what share of their largest values outputs have to exceed the margin, until a centre holds when computed.
 _EXCESSES = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -121,7 +123,6 @@ class Model:
         offsets: (k,) each.
         centre: Columns of the centre, (k,).
         outputs: Rows that keep the outputs at the margin.
-        scale: Their largest values.
     """
 
     program: Program
@@ -129,7 +130,6 @@ class Model:
     offsets: list[Floats]
     centre: Indices
     outputs: Indices
-    scale: Floats
 
     def centre_of(self, values: Floats) -> Floats:
         """The centre (k,) that a solution stands for."""
@@ -147,7 +147,9 @@ class Model:
             if time.monotonic() > deadline:
                 return
             again = self.program.solve(
-                deadline=deadline, fixed=solution.values, raised=(self.outputs, excess * self.scale)
+                deadline=deadline,
+                fixed=solution.values,
+                raised=(self.outputs, np.full(len(self.outputs), excess * _LARGEST_OUTPUT)),
             )
             if again.values is not None:
                 yield self.centre_of(again.values)
@@ -169,17 +171,18 @@ def build(domain: Domain, offsets: list[Floats], bounds: LinearBounds) -> Model 
     program = Program()
     centre = _add_centre(program, domain)
     _add_distance(program, domain, centre)
-    outputs, scales = [], []
+    outputs = []
     for i, offset in enumerate(offsets):
         inputs = _add_moved(program, domain, centre, offset)
         neurons = tuple((least[:, i], most[:, i]) for least, most in bounds.neurons)
         columns, matrix, constant = add_network(program, network, inputs, neurons)
-        low = judgement.margin - constant
-        outputs.append(program.rows(low, np.inf, (columns, matrix), n=network.n_outputs))
-        scales.append(np.maximum(np.abs(bounds.high[:, i]), abs(judgement.margin)))
+        # in units in which the solver's absolute tolerance is small against a margin
+        unit = np.maximum(np.abs(bounds.high[:, i]), abs(judgement.margin)) / _LARGEST_OUTPUT
+        low, rows = (judgement.margin - constant) / unit, matrix / unit[:, None]
+        outputs.append(program.rows(low, np.inf, (columns, rows), n=network.n_outputs))
     if program.n_entries > _MOST_COEFFICIENTS:
         return None
-    return Model(program, domain, offsets, centre, np.concatenate(outputs), np.concatenate(scales))
+    return Model(program, domain, offsets, centre, np.concatenate(outputs))
 
 
 def _add_centre(program: Program, domain: Domain) -> Indices:

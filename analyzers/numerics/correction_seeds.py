@@ -16,7 +16,7 @@ from dynprobe.analyzers.numerics.linear_bounds import bound
 # Up to so many features random points and all corners of a box are worth their cost.
 _FEW = 4
 _POINTS = 200
-_RESTARTS = 6
+_RESTARTS = 4
 _STEPS = 300
 _BISECTIONS = 12
 
@@ -127,8 +127,8 @@ def polished(
 ) -> Floats:
     """A correction moved towards the start, as far as it stays one.
 
-    First along the line to the start, then every feature by itself: first those whose change costs least, so
-    that needless changes are dropped before the others shrink.
+    For `l1` needless changes are dropped first, those of least use before the others. Then all are shrunk
+    together along the line to the start, and for `l1` every one by itself.
 
     Args:
         judgement: With k features.
@@ -156,16 +156,22 @@ def polished(
         found = judgement.on_grid(towards + far * (best - towards))
         return found if judgement.distance(found) < judgement.distance(best) else best
 
-    best = nearer(centre, home)
-    cost = judgement.weights * np.abs(best - home)
-    for j in np.argsort(cost, kind="stable"):
-        if cost[j] == 0:
-            continue
-        if time.monotonic() > deadline:
-            break
+    if judgement.norm == "linf":
+        return nearer(centre, home)
+    slopes = least_output(judgement.network, centre[None])[1][0]
+    order = np.argsort(np.abs(slopes) / judgement.weights, kind="stable")
+    best = centre
+    for j in order:
+        trial = best.copy()
+        trial[j] = home[j]
+        if time.monotonic() < deadline and best[j] != home[j] and accepts(trial):
+            best = trial
+    best = nearer(best, home)
+    for j in order:
         towards = best.copy()
         towards[j] = home[j]
-        best = nearer(best, towards)
+        if time.monotonic() < deadline:
+            best = nearer(best, towards)
     return best
 
 

@@ -170,7 +170,7 @@ class EmptyBoxes:
         point = inside[chosen]
         # Parts without overlap: boxes cut at a face reach the point in all faces before it. The largest
         # part comes last, so that it has to reach farthest and is the next to be cut.
-        for feature in sorted(np.flatnonzero(face[chosen]), key=lambda j: float(share[chosen, j])):
+        for feature in sorted(np.flatnonzero(face[chosen]).tolist(), key=lambda j: float(share[chosen, j])):
             is_above = bool(over[chosen, feature])
             value = self._before(node, feature, float(point[feature]), is_above)
             self._push(node.cut(feature, value, above=is_above), above)

@@ -53,8 +53,8 @@ def largest_box(
 ) -> LargestBox:
     """Find a box that contains another one and holds, as large as can be had until the deadline.
 
-    Exact to the tolerance for up to three features or so; beyond, the bound tells how far it may be off. Cost:
-    some hundred verifications of a box.
+    Exact to the tolerance for up to three features or so; beyond, the bound tells how far it may be off.
+    Cost: some hundred verifications of a box.
 
     Args:
         judgement: The network, its margin, the domain, and which features are integers.
@@ -158,7 +158,8 @@ class _Search:
     def grow_in_several_orders(self, until: float) -> None:
         """Grow the inner box in all directions at once, then face by face, in several orders."""
         domain = self.judgement.low, self.judgement.high
-        faces = [(j, side) for side in (True, False) for j in np.flatnonzero(domain[1] > domain[0])]
+        wide = np.flatnonzero(domain[1] > domain[0])
+        faces = [(int(j), side) for side in (True, False) for j in wide]
         start = self._grow_evenly(until)
         orders = [faces, faces[::-1]]
         orders += [[faces[i] for i in self.generator.permutation(len(faces))] for _ in range(2)]
@@ -169,7 +170,7 @@ class _Search:
     def grow_within(self, node: BoxRange, until: float) -> None:
         """Grow the inner box towards a candidate, and then on."""
         room = np.maximum(node.high - self.inner_high, self.inner_low - node.low)
-        order = [(j, side) for j in np.argsort(room) for side in (True, False)]
+        order = [(int(j), side) for j in np.argsort(room) for side in (True, False)]
         low, high = self._grow(self.inner_low, self.inner_high, node.low, node.high, order, until)
         self.keep(*self._grow(low, high, self.judgement.low, self.judgement.high, order, until))
 
@@ -180,21 +181,19 @@ class _Search:
             self.low, self.high = low, high
 
     def _grow_evenly(self, until: float) -> tuple[Floats, Floats]:
-        done, tried = 0.0, 1.0
+        done, limit, tried = 0.0, 1.0, 1.0
         best = self.inner_low, self.inner_high
         for _ in range(8):
             low = self.inner_low + tried * (self.judgement.low - self.inner_low)
             high = self.inner_high + tried * (self.judgement.high - self.inner_high)
             low, high = self.empty.inwards(low, high, self.inner_low, self.inner_high)
-            free = not len(self.empty.inside(low, high))
-            if free and self.holds(low, high, until, _MAX_GROW):
+            if not len(self.empty.inside(low, high)) and self.holds(low, high, until, _MAX_GROW):
                 done, best = tried, (low, high)
-                if done == 1.0:
-                    break
-                tried = (done + limit) / 2
             else:
                 limit = tried
-                tried = (done + limit) / 2
+            if done == limit:
+                break
+            tried = (done + limit) / 2
         return best
 
     def _grow(
@@ -268,7 +267,8 @@ class _Search:
                 if holds is None and (time.monotonic() > until or not self.empty.halve(self.volume)):
                     return
             if n_rounds & (n_rounds - 1) == 0:  # less and less often
-                self.grow_within(node, until)
+                now = time.monotonic()
+                self.grow_within(node, now + 0.2 * (until - now))
 
     def _smaller(self, node: BoxRange, tolerance: float) -> tuple[Floats, Floats]:
         """A little off the violating points, by less than the tolerance allows."""

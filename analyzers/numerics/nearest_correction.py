@@ -18,6 +18,7 @@ from dynprobe.analyzers.numerics.centre_bounds import bound_centres
 from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
 from dynprobe.analyzers.numerics.correction_seeds import (
     holds,
+    least_output,
     nearest_by_heuristic,
     scattered_seeds,
     suspects,
@@ -34,6 +35,8 @@ _SCATTERED_FEATURES = 4
 _KEPT = 512
 # Candidates of a batch that are verified, nearest first, and parts that a verification may take.
 _VERIFIED, _PARTS = 2, 512
+# Steps of a climb from a centre that just fails.
+_CLIMBS = 8
 # Narrower boxes, in units of the allowed range, are not split; they keep their lower bound.
 _NARROWEST = 1e-9
 
@@ -103,7 +106,7 @@ class NearestSearch:
         self._n_boxes += len(lower)
         if found.all_stable.any():
             # The corners of boxes are allowed values, so the nearest allowed value is in the box.
-            nearest = np.clip(judgement.start[:, None], low, high)[:, found.all_stable].T
+            nearest = judgement.on_grid(np.clip(judgement.start[:, None], low, high)[:, found.all_stable].T)
             self._improve(nearest[judgement.distance(nearest).argmin()])
         lower = np.maximum(lower, found.distance)
         left = np.flatnonzero((lower < self._distance) & ~found.all_stable)
@@ -166,6 +169,30 @@ class NearestSearch:
         low, high = judgement.box_around(centres)
         around = np.stack([centres, np.where(descent > 0, low, high)], 1)
         self._try(centres, around, deadline, at_most=_VERIFIED)
+        if len(centres):
+            self._try_inward(candidates[judgement.distance(candidates).argmin()], deadline, tolerance)
+
+    def _try_inward(self, centre: Floats, deadline: float, tolerance: float) -> None:
+        """Climb from a centre that just fails, up the gradient at the worst point known around it.
+
+        Where stable corrections begin with a tip, the way on from the start leaves them.
+        """
+        judgement = self._judgement
+        step = tolerance / 4 * float(judgement.distance(centre)) / judgement.weights
+        for _ in range(_CLIMBS):
+            known = (np.abs(self._bad - centre) <= judgement.radius).all(1)
+            around = np.concatenate([suspects(judgement, centre[None])[0], self._bad[known]])
+            values, slopes = least_output(judgement.network, around)
+            if judgement.distance(centre) >= self._distance:
+                return
+            if values.min() >= judgement.margin:
+                self._try(centre[None], centre[None, None], deadline, at_most=1)
+                return
+            slope = slopes[values.argmin()]
+            size = np.linalg.norm(slope)
+            if size == 0:
+                return
+            centre = judgement.on_grid(centre + step * slope / size)
 
     def _try(self, centres: Floats, around: Floats, deadline: float, *, at_most: int) -> None:
         """Verify the nearest of some centres (n, k), of which points around them (n, n_points, k) are good."""
@@ -227,7 +254,7 @@ class NearestSearch:
 
     def _settle(self, lower: float, low: Floats, high: Floats, deadline: float) -> None:
         """Decide about a box that is as good as a point, or keep its lower bound."""
-        centre = np.clip(self._judgement.start, low, high)
+        centre = self._judgement.on_grid(np.clip(self._judgement.start, low, high))
         verdict = holds(self._judgement, centre, deadline=deadline, max_boxes=100 * _PARTS)
         if verdict.holds:
             self._improve(centre)

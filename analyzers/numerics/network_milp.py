@@ -24,9 +24,9 @@ Neurons = tuple[tuple[Floats, Floats], ...]
 
 # Shortest time that the solver is given: with none at all it may answer with nothing.
 _SHORTEST = 0.01
-# Non-zero coefficients beyond which the solver does without simplifying the program, for which it may take ten
+# Non-zero coefficients beyond which the solver does without simplifying the program first: that may take
 # seconds without a look at the clock.
-_SIMPLIFY = 50_000
+_SIMPLIFY = 30_000
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from dynprobe.cli.figure import draw
 from dynprobe.io.report import read_report, write_result
 
 QUICK: dict[str, dict] = {
+    "corrections": {"sample": "0,5", "features": "3,9", "sampled": 500},
     "embedding": {"max_dense": 80, "draws": 10},
     "landscape": {"resolution": "5x3"},
     "robustness": {"epsilons": "0.05,0.5", "epsilons_l2": "0.5,3", "pgd_steps": 4},

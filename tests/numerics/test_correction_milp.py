@@ -11,7 +11,7 @@ import pytest
 from scipy.ndimage import minimum_filter
 from scipy.optimize import linprog
 
-from dynprobe.analyzers.numerics import correction_milp, correction_model
+from dynprobe.analyzers.numerics import correction_milp, correction_model, network_milp
 from dynprobe.analyzers.numerics.box_verifier import verify
 from dynprobe.analyzers.numerics.correction_milp import n_binaries, nearest_by_milp
 from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
@@ -210,6 +210,15 @@ def test_known_correction_that_is_nearest_is_kept_with_a_closed_gap():
     assert again.closed(0.01)
 
 
+def test_plateau_that_misses_the_margin_by_less_than_the_tolerance_of_the_solver_is_no_correction():
+    """With f = relu(u - 0.7): zero up to 0.7, a millionth below the margin."""
+    hidden = Layer(((0, np.ones((1, 1))),), np.array([-0.7]), piecewise(0.0, 1.0, 1))
+    network = LayeredNetwork(1, (hidden, Layer(((1, np.ones((1, 1))),), np.zeros(1), None)))
+    one = np.ones(1)
+    judgement = Judgement(network, 0.2 * one, 0 * one, one, one, 0 * one, 1e-6)
+    assert_brackets(solve(judgement, tolerance=1e-4), 0.500001, tolerance=1e-4)
+
+
 def test_start_that_already_holds_has_distance_zero():
     found = solve(linear_judgement([1.0, 1.0], 0.0))
     assert found.lower == 0
@@ -249,6 +258,13 @@ def test_networks_too_large_for_the_solver_leave_what_is_known(monkeypatch):
     assert n_binaries(judgement, within=known.upper) > 0
     found = solve(judgement, known=known)
     assert (found.lower, found.upper, found.centre is known.centre) == (known.lower, known.upper, True)
+
+
+def test_programs_too_large_to_be_simplified_first_have_the_same_solution(monkeypatch):
+    judgement = random_judgement(random_network([4, 10, 8, 1], seed=6))
+    truth = solve(judgement, tolerance=1e-4)
+    monkeypatch.setattr(network_milp, "_SIMPLIFY", 0)
+    assert solve(judgement, tolerance=1e-4).upper == pytest.approx(truth.upper, rel=1e-4)
 
 
 def test_binaries_are_the_neurons_that_change_sign_and_fewer_in_a_smaller_ball():

@@ -143,9 +143,9 @@ def test_polygon_in_a_half_plane_is_the_part_of_the_domain_in_it() -> None:
 
 
 def test_polygon_in_a_disc_has_nearly_its_area() -> None:
-    found = around(judgement(disc(64, 0.35)), np.full(2, 0.5), 3.0)
-    exact = 64 * 0.35**2 * np.tan(np.pi / 64)
-    assert 0.9 * exact <= found.area <= exact + 1e-9
+    found = around(judgement(disc(24, 0.35)), np.full(2, 0.5), 2.0)
+    exact = 24 * 0.35**2 * np.tan(np.pi / 24)
+    assert 0.85 * exact <= found.area <= exact + 1e-9
     assert exact <= found.area_bound
     assert len(found.vertices) <= 12
 
@@ -160,10 +160,11 @@ def test_polygon_in_the_whole_domain_is_the_domain() -> None:
 def test_polygon_of_a_random_network_is_convex_holds_and_contains_the_largest_box(seed: int) -> None:
     case, point = random_case(seed)
     box = largest_box(case, point, *case.box_around(point), deadline=time.monotonic() + 2)
-    found = largest_polygon(case, point, box.low, box.high, deadline=time.monotonic() + 1.5)
+    found = largest_polygon(case, point, box.low, box.high, deadline=time.monotonic() + 1.0)
     assert is_convex(found.vertices)
     assert contains(found.vertices, rectangle(box.low, box.high), slack=1e-12).all()
-    assert (found.vertices >= 0).all() and (found.vertices <= 1).all()
+    assert (found.vertices >= 0).all()
+    assert (found.vertices <= 1).all()
     assert box.volume <= found.area + 1e-12
     assert found.area <= found.area_bound <= 1
     assert len(found.vertices) <= 12
