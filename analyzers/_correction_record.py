@@ -19,6 +19,9 @@ OUTCOMES = ("optimal", "bounded", "none_exists", "timeout", "unsupported", "alre
 PADDING = 16
 """Vertices that a polygon has room for in a report."""
 
+_DIGITS = 1e-6
+"""Of a distance, what its bounds are never closer than: more digits would be those of rounding."""
+
 
 @dataclass
 class Record:
@@ -128,7 +131,7 @@ def counted(records: Sequence[Record], tolerance: float) -> dict[str, float]:
         "still_open": sum(record.is_open(tolerance) for record in records),
         "on_target": outcomes.count("already_target"),
         "distance_median": median,
-        "distance_median_gap": median - least,
+        "distance_median_gap": max(median - least, _DIGITS * median),
         "still_hold": share,
         # that of n + 4 judgements, half of which hold: 0 of 3 is no certainty
         "still_hold_stderr": _agresti(held),

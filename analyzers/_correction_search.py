@@ -17,6 +17,9 @@ from dynprobe.analyzers.numerics.nearest_correction import NearestSearch, neares
 FEW = 5
 """Features up to which branch and bound is exact in practice; its cost grows exponentially with them."""
 
+_LEAST_FOR_MILP = 3
+"""Features from which on a MILP may be the faster one; below, branch and bound always was."""
+
 MAX_BINARIES = 150
 """Neurons of two slopes up to which a MILP is tried before branch and bound."""
 
@@ -88,7 +91,7 @@ class Solver:
         self._seeds = list(seeds)
         self._seed = seed
         self._branching: NearestSearch | None = None
-        self._tried_milp = judgement.n_features <= FEW
+        self._tried_milp = False
         self._exhausted = False
 
     @property
@@ -96,41 +99,54 @@ class Solver:
         """Whether more time would change nothing."""
         return self._exhausted
 
-    def run(self, deadline: float, tolerance: float, cutoff: float) -> None:
-        """Work until the gap is within the tolerance, nothing below `cutoff` is left, or time is up."""
-        if not self._tried_milp:
-            self._tried_milp = True
-            self._many_features(deadline, tolerance)
-            if self.bounds.closed(tolerance) or self.bounds.lower >= cutoff:
-                return
-        if _work(self.judgement) > TOO_LARGE:
+    def run(self, until: float, tolerance: float, cutoff: float, *, share: float) -> None:
+        """Work until the gap is within the tolerance, nothing below `cutoff` is left, or time is up.
+
+        Args:
+            until: End of this turn, as `time.monotonic()` gives it.
+            tolerance: Relative gap that is good enough.
+            cutoff: Distances from here on are of no interest.
+            share: Seconds that a MILP may take instead, since one that is interrupted starts again.
+        """
+        few = self.judgement.n_features <= FEW
+        if not few and not self._tried_milp:
+            self._look(time.monotonic() + 0.3 * share)
+            self._solve(share, tolerance)
+        elif few and self._branching is not None and not self._tried_milp:
+            # what is still open after a turn may be one of the few that branching is slow on
+            self._solve(share, tolerance)
+        if self.bounds.closed(tolerance) or self.bounds.lower >= cutoff:
+            return
+        if is_too_large(self.judgement):
             self._exhausted = True
             return
         if self._branching is None:
             self._branching = NearestSearch(self.judgement, seeds=self._seeds, seed=self._seed)
         before = self._branching.bounds
-        found = self._branching.run(deadline=deadline, tolerance=tolerance, cutoff=cutoff)
+        found = self._branching.run(deadline=until, tolerance=tolerance, cutoff=cutoff)
         # rounding may leave the bound a last digit below the cutoff for ever
-        self._exhausted = found == before and time.monotonic() < deadline
+        same = (found.lower, found.upper, found.n_boxes) == (before.lower, before.upper, before.n_boxes)
+        self._exhausted = same and time.monotonic() < until
         self._take(found, "branch and bound")
 
-    def _many_features(self, deadline: float, tolerance: float) -> None:
-        now = time.monotonic()
-        until = now + 0.3 * (deadline - now)
+    def _look(self, until: float) -> None:
+        """A heuristic for many features."""
         point = nearest_by_heuristic(self.judgement, deadline=until, seed=self._seed)
         if point is not None:
-            distance = float(self.judgement.distance(point))
-            self._take(Bounds(0.0, distance, point), "heuristic")
+            self._take(Bounds(0.0, float(self.judgement.distance(point)), point), "heuristic")
             self._seeds.append(point)
-        if self.judgement.network.is_smooth or _work(self.judgement) > TOO_LARGE:
+
+    def _solve(self, share: float, tolerance: float) -> None:
+        """A MILP where few neurons may change their slope."""
+        self._tried_milp = True
+        judgement = self.judgement
+        if judgement.n_features < _LEAST_FOR_MILP or judgement.network.is_smooth or is_too_large(judgement):
             return
-        if n_binaries(self.judgement, within=self.bounds.upper) <= MAX_BINARIES:
-            now = time.monotonic()
-            until = now + 0.8 * (deadline - now)
-            found = nearest_by_milp(self.judgement, known=self.bounds, deadline=until, tolerance=tolerance)
-            self._take(found, "milp")
-            if found.centre is not None:
-                self._seeds.append(found.centre)
+        if n_binaries(judgement, within=self.bounds.upper) > MAX_BINARIES:
+            return
+        until = time.monotonic() + share
+        found = nearest_by_milp(judgement, known=self.bounds, deadline=until, tolerance=tolerance)
+        self._take(found, "milp")
 
     def _take(self, found: Bounds, name: str) -> None:
         """Keep the better of two lower and of two upper bounds."""
@@ -146,14 +162,9 @@ class Solver:
         )
 
 
-def _work(judgement: Judgement) -> float:
-    """Multiplications that bounding one box takes."""
-    entries = sum(
-        matrix.nnz if hasattr(matrix, "nnz") else matrix.size
-        for layer in judgement.network.layers
-        for _, matrix in layer.sources
-    )
-    return float(4.0 * entries * (judgement.n_features + 1))
+def is_too_large(judgement: Judgement) -> bool:
+    """Whether bounding a single box would take longer than a second or so."""
+    return 4.0 * judgement.network.n_entries * (judgement.n_features + 1) > TOO_LARGE
 
 
 @dataclass(frozen=True)
@@ -223,11 +234,11 @@ def nearest(
         i = told if told in open_ else min(open_, key=lambda i: (lower[i], started[i], -ways[i].lead))
         way, solver = ways[i], solvers[i]
         now = time.monotonic()
-        # a MILP that is interrupted starts again, so that each way with many features has its share at once
-        n_left = sum(not started[j] for j in open_) or 1
-        share = (deadline - now) / n_left if way.judgement.n_features > FEW else SLICE
-        until = deadline if len(open_) == 1 else min(deadline, now + share)
-        solver.run(until, tolerance, way.remaining(enough))
+        few = way.judgement.n_features <= FEW
+        share = (deadline - now) / max(sum(not started[j] for j in open_), 2 if few else 1)
+        alone = len(open_) == 1 and (started[i] or not few)
+        until = deadline if alone else min(deadline, now + (SLICE if few else share))
+        solver.run(until, tolerance, way.remaining(enough), share=share)
         started[i] = True
         lower[i], upper[i] = _lower(way, solver), way.total(solver.bounds.upper)
     n_boxes = sum(solver.bounds.n_boxes for solver in solvers)

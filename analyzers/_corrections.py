@@ -16,7 +16,7 @@ from dynprobe.analyzers._correction_columns import Columns
 from dynprobe.analyzers._correction_features import FeatureTable
 from dynprobe.analyzers._correction_model import Classifier
 from dynprobe.analyzers._correction_record import NAN, PADDING, Record
-from dynprobe.analyzers._correction_search import Found, Way, nearest
+from dynprobe.analyzers._correction_search import Found, Way, is_too_large, nearest
 from dynprobe.analyzers._correction_ways import Rules, domain, inputs_of, shown_of, units_of, ways_of
 from dynprobe.analyzers.numerics.largest_box import largest_box
 from dynprobe.analyzers.numerics.layered_network import Floats
@@ -28,7 +28,7 @@ _NEAREST, _STABLE, _BOX, _SAMPLED = 0.25, 0.65, 0.9, 1.0
 _ELSEWHERE = 0.1  # of the budget, for each question whether a box holds at another checkpoint
 
 _ROOM = 0.99
-"""Of the margin that is searched for, what a box must have in the numbers of the report, which are rounded."""
+"""Of the margin that is searched for, what a box must have in the rounded numbers of the report."""
 
 MAP_SIZE = 81
 """Points along each axis of the map of the decision in two features."""
@@ -183,6 +183,8 @@ class Judge:
         record.stable_distance, record.corrected, record.target = found.upper, shown, found.way.target
         record.changed = self._changed(found.way, record.value)
         k = found.way.judgement.n_features
+        if is_too_large(found.way.judgement):
+            return
         whole = bound(found.way.judgement.network, np.zeros((k, 1)), np.ones((k, 1)))
         record.n_unstable = float(whole.n_unstable[0])
 
@@ -222,6 +224,12 @@ class Judge:
 
     def _add_box(self, record: Record, way: Way, centre: Floats, start: float) -> None:
         settings, judgement = self.settings, way.judgement
+        if is_too_large(judgement):
+            record.notes.append(
+                "no box was searched around some corrections: too many features change for a network of "
+                "this size; choose fewer with --features or --max-changed"
+            )
+            return
         deadline = start + settings.budget * _BOX
         around = judgement.radius * (1 - settings.slack)
         inner_low = np.maximum(centre - around, judgement.low)

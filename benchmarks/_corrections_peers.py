@@ -14,11 +14,18 @@ import torch
 from _corrections_tasks import Case
 from torch import Tensor, nn
 
+from dynprobe.analyzers.numerics.box_verifier import verify
+from dynprobe.analyzers.numerics.correction_problem import Judgement
+from dynprobe.analyzers.numerics.largest_box import LargestBox
 from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork
 
 PACKAGES = {"dice-ml": "dice_ml", "maraboupy": "maraboupy.MarabouCore"}
 # Counterfactuals that DiCE is asked for, of which the nearest counts, and decimals of a feature's range.
 _N_ASKED, _DECIMALS = 4, 3
+# A fifth of what its genetic search may take by default, which is minutes where it does not settle.
+_MAX_ITERATIONS = 100
+# Marabou's points miss its own constraints by up to 1e-5: a counterexample is what fails by more.
+_SLACK = 1e-4
 
 
 def find_peers() -> dict[str, str]:
@@ -82,7 +89,7 @@ def dice(case: Case, method: str) -> Floats | None:
         )
         explainer = dice_ml.Dice(data, dice_ml.Model(model=_Chance(case), backend="PYT"), method=method)
         query = pandas.DataFrame([case.judgement.start], columns=names)
-        options = {"random_seed": 0} if method == "random" else {}
+        options = {"random_seed": 0} if method == "random" else {"maxiterations": _MAX_ITERATIONS}
         try:
             found = explainer.generate_counterfactuals(
                 query,
@@ -101,6 +108,19 @@ def dice(case: Case, method: str) -> Floats | None:
     points = frame[names].to_numpy(float)
     valid = points[case.net.decides(case.inputs(points)) == case.target]
     return valid[case.judgement.distance(valid).argmin()] if len(valid) else None
+
+
+def decided_by_marabou(judgement: Judgement, box: LargestBox) -> list[tuple[str, str]]:
+    """Its answers for a box, and for the least of some stretched ones in which there is a counterexample."""
+    network, level = judgement.network, judgement.margin - _SLACK
+    for stretch in (1.02, 1.1, 1.3, 2.0, 4.0, 100.0):
+        middle, half = (box.low + box.high) / 2, stretch * (box.high - box.low) / 2
+        low, high = np.maximum(middle - half, judgement.low), np.minimum(middle + half, judgement.high)
+        if verify(network, low, high, level - _SLACK).holds is False:
+            break
+    else:
+        return []  # nothing in the domain fails
+    return [(marabou(network, box.low, box.high, level), marabou(network, low, high, level))]
 
 
 def marabou(network: LayeredNetwork, low: Floats, high: Floats, most: float, seconds: int = 20) -> str:

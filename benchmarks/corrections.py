@@ -2,13 +2,14 @@
 
     python benchmarks/corrections.py
     python benchmarks/corrections.py --quick --parts speed,area
-    python benchmarks/corrections.py --polaris DIR      # a checkout of xinpl/Polaris: the authors' own network
+    python benchmarks/corrections.py --polaris DIR   # a checkout of xinpl/Polaris: the authors' own network
 
 Networks are trained here on tables that scikit-learn ships; samples, features that may change and classes to
-be decided for are drawn at random, and nothing is left out. Everything is in units of the features' ranges: a
-correction is stable if it holds within 2.5 % of each. Peers that can be imported run (`pip install --no-deps
-dice-ml maraboupy` and what dice-ml needs); the others are named with the reason. Times are of the process's CPU
-clock, limits are wall time as a user would give them; only ratios within one run mean anything.
+be decided for are drawn at random, and none is left out but where it says so. Everything is in units of the
+features' ranges: a correction is stable if it holds within 2.5 % of each. Peers that can be imported run
+(`pip install --no-deps dice-ml maraboupy` and what dice-ml needs); the others are named with the reason.
+Times are of the process's CPU clock, limits are wall time as a user would give them; only ratios within one
+run mean anything.
 """
 
 from __future__ import annotations
@@ -59,8 +60,6 @@ DIABETES_FEATURES = (2, 3, 4, 7, 8)
 N_SAMPLED, CHUNK = 200_000, 20_000
 # Judgements of the deep network that a MILP is tried on: each takes all of its time.
 N_HOPELESS = 3
-# Marabou's own tolerance.
-SLACK = 1e-6
 
 
 def timed(run: Callable[[], T]) -> tuple[float, T]:
@@ -165,8 +164,11 @@ def compare_deep(net: Net, features: Sequence[int], target: int, n_cases: int, s
     )
     if boxes:
         close = sum(box.volume >= 0.95 * box.volume_bound for _, box in boxes)
-        print(f"  largest box: CPU s median {np.median([t for t, _ in boxes]):.2f}; {close} of {len(boxes)} within "
-              f"5 % of the bound; median volume {np.median([b.volume for _, b in boxes]):.3f}")  # fmt: skip
+        spent, volume = (np.median(values) for values in zip(*((t, b.volume) for t, b in boxes), strict=True))
+        print(
+            f"  largest box: CPU s median {spent:.2f}, median volume {volume:.3f}; {close} of {len(boxes)} "
+            "within 5 % of the bound"
+        )
     hard = [answer.way.judgement for answer in found if answer.way is not None][:N_HOPELESS]
     n_solved = sum(milp_refinement(judgement, seconds).closed(TOLERANCE) for judgement in hard)
     print(
@@ -205,11 +207,11 @@ def compare_area(n_cases: int, n_grid: int, seconds: float) -> None:
         ratios.append(box.volume / best)
         bounds.append(box.volume_bound / best)
     print(
-        f"\nlargest box of two features beside the best rectangle of valid points of a {n_grid} x {n_grid} grid, "
-        f"{n_cases} judgements\n  volume over brute force: least {min(ratios):.3f}, median {np.median(ratios):.3f}, "
-        f"{sum(r >= 0.95 for r in ratios)} of {n_cases} at least 0.95\n  bound over brute force: least "
-        f"{min(bounds):.3f}, median {np.median(bounds):.3f}; CPU s: median {np.median(times):.2f}, most "
-        f"{max(times):.2f}",
+        f"\nlargest box of two features beside the best rectangle of valid points of a {n_grid} x {n_grid} "
+        f"grid,\n{n_cases} judgements; volume over brute force: least {min(ratios):.3f}, median "
+        f"{np.median(ratios):.3f}, {sum(ratio >= 0.95 for ratio in ratios)} at least 0.95\n"
+        f"  bound over brute force: least {min(bounds):.3f}, median {np.median(bounds):.3f}; CPU s: median "
+        f"{np.median(times):.2f}, most {max(times):.2f}",
         flush=True,
     )
 
@@ -233,85 +235,73 @@ def check_boxes(n_boxes: int, n_marabou: int, n_samples: int, *, marabou: bool) 
         failed = failures(case, box, n_samples, i)
         n_failed, n_tried = n_failed + failed, n_tried + n_samples
         if marabou and len(answers) < n_marabou:
-            answers += decided_by_marabou(judgement, box)
-    print(f"\n{n_boxes} boxes of 2 to 4 features (median volume {np.median(volumes):.3f}): {n_failed} of {n_tried:,} "
-          f"samples fail in float32", flush=True)  # fmt: skip
+            answers += peers.decided_by_marabou(judgement, box)
+    print(
+        f"\n{n_boxes} boxes of 2 to 4 features (median volume {np.median(volumes):.3f}): {n_failed} of "
+        f"{n_tried:,} samples fail in float32",
+        flush=True,
+    )
     if marabou:
-        held = [a for a, _ in answers]
-        print(f"  Marabou: {held.count('unsat')} of {len(answers)} boxes have no counterexample "
-              f"({held.count('sat')} have), {sum(b == 'sat' for _, b in answers)} of {len(answers)} stretched boxes "
-              "have one")  # fmt: skip
+        own, stretched = ([pair[i] for pair in answers] for i in (0, 1))
+        print(
+            f"  Marabou finds a counterexample in {own.count('sat')} of {len(own)} boxes and excludes one in "
+            f"{own.count('unsat')}; it finds one in {stretched.count('sat')} of the same boxes stretched"
+        )
 
 
 def failures(case: Case, box: LargestBox, n_samples: int, seed: int) -> int:
-    """How many points of a box the model does not decide for the target; a quarter of them on its boundary."""
+    """How many points of a box the model does not decide for the target; a quarter are on its boundary."""
     generator = np.random.default_rng(seed)
-    failed = 0
+    corners = np.array(list(itertools.product((0.0, 1.0), repeat=len(box.low))))
+    n_edge, failed = CHUNK // 4, 0
     for _ in range(0, n_samples, CHUNK):
         t = generator.random((CHUNK, len(box.low)))
-        t[: CHUNK // 4] = np.where(generator.random((CHUNK // 4, 1)) < t[: CHUNK // 4], np.round(t[: CHUNK // 4]),
-                                   t[: CHUNK // 4])  # fmt: skip
-        t[: 2 ** len(box.low)] = list(itertools.product((0.0, 1.0), repeat=len(box.low)))
+        to_edge = generator.random((n_edge, len(box.low))) < generator.random((n_edge, 1))
+        t[:n_edge] = np.where(to_edge, np.round(t[:n_edge]), t[:n_edge])
+        t[: len(corners)] = corners
         points = case.inputs(box.low + t * (box.high - box.low))
         failed += int((case.net.decides(points) != case.target).sum())
     return failed
-
-
-def decided_by_marabou(judgement: Judgement, box: LargestBox) -> list[tuple[str, str]]:
-    """Its answers for a box and for the least of some stretched ones in which the verifier finds a failure."""
-    for stretch in (1.02, 1.1, 1.3, 2.0, 4.0, 100.0):
-        middle, half = (box.low + box.high) / 2, stretch * (box.high - box.low) / 2
-        low, high = np.maximum(middle - half, judgement.low), np.minimum(middle + half, judgement.high)
-        if verify(judgement.network, low, high, -SLACK).holds is False:
-            break
-    else:
-        return []  # nothing in the domain fails
-    own = peers.marabou(judgement.network, box.low, box.high, judgement.margin - SLACK)
-    return [(own, peers.marabou(judgement.network, low, high, judgement.margin - SLACK))]
 
 
 # 5. DiCE
 
 
 def compare_dice(n_cases: int, seconds: float) -> None:
-    """Distance and stability of DiCE's nearest counterfactual, over all cases whether or not there is one."""
+    """Distance and stability of DiCE's nearest counterfactual, wherever there is a correction."""
     drawn = [case for net in small_nets() for k in (2, 3, 4) for case in cases(net, k, n_cases, seed=3)]
-    ours = [timed(lambda c=case: branch_and_bound(c.judgement.for_points(), seconds)) for case in drawn]
-    stable = [branch_and_bound(case.judgement, seconds) for case in drawn]
-    exists = [point.centre is not None for _, point in ours]
+    points = [timed(lambda c=case: branch_and_bound(c.judgement.for_points(), seconds)) for case in drawn]
+    n_none = sum(found.lower == math.inf for _, found in points)
+    some = [i for i, (_, found) in enumerate(points) if found.centre is not None]
+    drawn, points = [drawn[i] for i in some], [points[i] for i in some]
     print(
-        f"\ncounterfactuals of 2 to 4 features, {len(drawn)} judgements: {sum(exists)} have a correction, "
-        f"{sum(point.lower == math.inf for _, point in ours)} provably none; stable ones: "
-        f"{sum(found.centre is not None for found in stable)} and {sum(b.lower == math.inf for b in stable)}\n"
-        "                  found    distance over the nearest      stable    CPU s"
+        f"\ncounterfactuals of 2 to 4 features: {len(some)} judgements with a correction ({n_none} others "
+        "provably have none)\n"
+        "                           found   distance over the nearest   stable     CPU s",
+        flush=True,
     )
-    say_dice("dynprobe", drawn, ours, [(t, point.centre) for t, point in ours])
+    least = [found.upper for _, found in points]
+    say_dice("dynprobe, nearest", drawn, least, [(spent, found.centre) for spent, found in points])
+    stable = [timed(lambda c=case: branch_and_bound(c.judgement, seconds)) for case in drawn]
+    say_dice("dynprobe, nearest stable", drawn, least, [(spent, found.centre) for spent, found in stable])
     for method in ("random", "genetic"):
-        answers = []
-        for case in drawn:
-            start = time.process_time()
-            answers.append((peers.dice(case, method), time.process_time() - start))
-        say_dice(f"DiCE, {method}", drawn, ours, [(t, point) for point, t in answers])
+        answers = [timed(lambda c=case, m=method: peers.dice(c, m)) for case in drawn]
+        say_dice(f"DiCE, {method}", drawn, least, answers)
 
 
 def say_dice(
-    title: str,
-    drawn: Sequence[Case],
-    ours: Sequence[tuple[float, Bounds]],
-    answers: Sequence[tuple[float, Floats | None]],
+    title: str, drawn: Sequence[Case], least: Sequence[float], answers: Sequence[tuple[float, Floats | None]]
 ) -> None:
     ratios, n_stable = [], 0
-    for case, (_, nearest_one), (_, point) in zip(drawn, ours, answers, strict=True):
-        if point is None:
-            continue
-        ratios.append(float(case.judgement.distance(point)) / nearest_one.upper)
-        verdict = verify(case.judgement.network, *case.judgement.box_around(point), case.judgement.margin)
-        n_stable += verdict.holds is True
-    n_exist = sum(nearest_one.centre is not None for _, nearest_one in ours)
+    for case, distance, (_, point) in zip(drawn, least, answers, strict=True):
+        if point is not None:
+            judgement = case.judgement
+            ratios.append(float(judgement.distance(point)) / distance)
+            n_stable += bool(verify(judgement.network, *judgement.box_around(point), judgement.margin).holds)
     low, middle, high = np.quantile(ratios, (0.0, 0.5, 1.0))
     print(
-        f"{title:16} {len(ratios):3} of {n_exist:3}   {middle:6.2f} ({low:.2f} to {high:.2f}) {n_stable:9} of "
-        f"{len(ratios)} {np.median([t for t, _ in answers]):10.2f}",
+        f"{title:25}{len(ratios):3} of {len(drawn):3}   {middle:5.2f} ({low:.2f} to {high:5.2f}) "
+        f"{n_stable:8} of {len(ratios):3} {np.median([spent for spent, _ in answers]):9.3f}",
         flush=True,
     )
 
@@ -320,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="speed,deep,area,boxes,dice")
     parser.add_argument("--quick", action="store_true", help="a few judgements of each part")
-    parser.add_argument("--seconds", type=float, default=6.0, help="limit of one solve of the first part")
+    parser.add_argument("--seconds", type=float, default=5.0, help="limit of one solve of the first part")
     parser.add_argument("--polaris", type=Path, help="checkout of xinpl/Polaris, for the authors' network")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -330,11 +320,9 @@ def main() -> None:
         if reason:
             print(f"{name} is skipped: {reason}")
     quick = options.quick
-    n_deep = 4 if quick else 20
+    n_deep = 3 if quick else 20
     parts = {
-        "speed": lambda: compare_speed(
-            1 if quick else 4, min(options.seconds, 2.0) if quick else options.seconds
-        ),
+        "speed": lambda: compare_speed(1 if quick else 3, options.seconds),
         "deep": lambda: [compare_deep(*task, n_deep, 15.0) for task in deep_tasks(options.polaris)],
         "area": lambda: compare_area(4 if quick else 24, 201 if quick else 401, 2.0),
         "boxes": lambda: check_boxes(
@@ -343,7 +331,7 @@ def main() -> None:
             20_000 if quick else N_SAMPLED,
             marabou=not missing["maraboupy"],
         ),
-        "dice": lambda: compare_dice(1 if quick else 3, 3.0) if not missing["dice-ml"] else None,
+        "dice": lambda: compare_dice(1 if quick else 2, 3.0) if not missing["dice-ml"] else None,
     }
     for name in options.parts.split(","):
         parts[name]()

@@ -151,7 +151,8 @@ def _least_maximum(
     levels = np.concatenate([np.broadcast_to(spent, (1, *need.shape)), ends])
 
     def moves_at(level: Floats) -> Floats:
-        return np.asarray(np.clip(level / price - gap[:, None], 0, room))
+        moves: Floats = np.clip(level / price - gap[:, None], 0, room)
+        return moves
 
     gained = np.stack([(rise * moves_at(level)).sum(0) for level in levels])
     enough = gained >= need
@@ -159,7 +160,7 @@ def _least_maximum(
     before = np.maximum(after - 1, 0)
 
     def pick(values: Floats, index: np.ndarray) -> Floats:
-        return np.take_along_axis(values, index[None], 0)[0]
+        return np.asarray(np.take_along_axis(values, index[None], 0)[0])
 
     start, end = pick(gained, before), pick(gained, after)
     part = np.where(end > start, (need - start) / np.where(end > start, end - start, 1.0), 0.0)

@@ -19,6 +19,7 @@ from dynprobe.analyzers.numerics.layered_network import Floats
 # Parts of a box after which it counts as undecided: while growing, and for a candidate.
 _MAX_GROW, _MAX_CANDIDATE = 2_000, 20_000
 _N_FIRST, _N_SAMPLES, _N_SLID, _SEED = 2_048, 128, 4, 0
+_MOST_PRODUCTS = 1e9  # for the first points
 _STEPS = np.linspace(0.0, 1.0, 17)
 
 
@@ -65,10 +66,10 @@ def largest_box(
         tolerance: End when no box is larger by more than this share.
     """
     inner_low, inner_high = np.asarray(inner_low, np.float64), np.asarray(inner_high, np.float64)
-    search = _Search(judgement, np.asarray(centre, np.float64), inner_low, inner_high)
     start = time.monotonic()
     # The last tenth of the time is for the verification of what was found.
     until = start + 0.9 * (deadline - start)
+    search = _Search(judgement, np.asarray(centre, np.float64), inner_low, inner_high, until)
     search.sample_domain()
     search.grow_in_several_orders(min(until, start + 0.3 * (deadline - start)))
     search.close(until, tolerance)
@@ -78,8 +79,10 @@ def largest_box(
 class _Search:
     """The best box so far, and the points that every box has to avoid."""
 
-    def __init__(self, judgement: Judgement, centre: Floats, inner_low: Floats, inner_high: Floats) -> None:
-        self.judgement, self.centre = judgement, centre
+    def __init__(
+        self, judgement: Judgement, centre: Floats, inner_low: Floats, inner_high: Floats, until: float
+    ) -> None:
+        self.judgement, self.centre, self.until = judgement, centre, until
         self.inner_low, self.inner_high = inner_low, inner_high
         self.low, self.high = inner_low, inner_high
         self.n_boxes = 0
@@ -123,6 +126,8 @@ class _Search:
             goal = np.clip(points[:, j], low[j], high[j])
             if (goal == points[:, j]).all():
                 continue
+            if time.monotonic() > self.until:
+                break
             for _ in range(2):  # the second time between the last violating step and the next one
                 path = points[:, j, None] * (1 - _STEPS) + goal[:, None] * _STEPS
                 tried = np.repeat(points[:, None], len(_STEPS), 1)
@@ -147,7 +152,9 @@ class _Search:
 
     def sample_domain(self) -> None:
         """Find the first violating points."""
-        points = self.violating(self.judgement.low, self.judgement.high, _N_FIRST)
+        affordable = int(_MOST_PRODUCTS / self.judgement.network.n_entries)
+        n_points = min(_N_FIRST, max(affordable, _N_SAMPLES))
+        points = self.violating(self.judgement.low, self.judgement.high, n_points)
         if len(points):
             chosen = np.unique(np.linspace(0, len(points) - 1, 24).astype(int))
             near = np.arange(min(8, len(points)))

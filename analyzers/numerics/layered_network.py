@@ -116,6 +116,12 @@ class LayeredNetwork:
         return sum(layer.n_neurons for layer in self.layers[:-1])
 
     @property
+    def n_entries(self) -> int:
+        """Number of weights, or of entries that are not zero where matrices are sparse."""
+        matrices = [matrix for layer in self.layers for _, matrix in layer.sources]
+        return max(sum(m.nnz if sparse.issparse(m) else m.size for m in matrices), 1)
+
+    @property
     def is_smooth(self) -> bool:
         """Whether any activation is not piecewise linear."""
         return any(layer.activation is not None and layer.activation.is_smooth for layer in self.layers)

@@ -53,7 +53,8 @@ class LinearBounds:
     def n_unstable(self) -> np.ndarray:
         """How many neurons may change their slope within each box, (n,)."""
         n_boxes = self.low.shape[1]
-        return sum(((l < 0) & (h > 0)).sum(0) for l, h in self.neurons) + np.zeros(n_boxes, int)  # noqa: E741
+        counts = [((least < 0) & (most > 0)).sum(0) for least, most in self.neurons]
+        return np.sum(counts, axis=0, dtype=int) if counts else np.zeros(n_boxes, int)
 
 
 def boxes_at_once(network: LayeredNetwork) -> int:

@@ -9,6 +9,7 @@ whatever the size of the network: the cost is exponential in the features and mi
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -35,8 +36,10 @@ _SCATTERED_FEATURES = 4
 _KEPT = 512
 # Candidates of a batch that are verified, nearest first, and parts that a verification may take.
 _VERIFIED, _PARTS = 2, 512
-# Steps of a climb from a centre that just fails.
-_CLIMBS = 8
+# Nearest boxes of a batch of which all corners are looked at, for few features.
+_ALL_CORNERS = 8
+# Every so many batches a centre that just fails is tried to improve, in at most so many steps.
+_CLIMB_EVERY, _CLIMBS = 4, 8
 # Narrower boxes, in units of the allowed range, are not split; they keep their lower bound.
 _NARROWEST = 1e-9
 
@@ -58,6 +61,7 @@ class NearestSearch:
         self._heap: list[tuple[float, int, Floats, Floats]] = []
         self._n_pushed = 0
         self._n_boxes = 0
+        self._n_tried = 0
         self._unresolved = np.inf  # the least lower bound of boxes that are too narrow to split
         self._distance = np.inf
         self._centre: Floats | None = None
@@ -117,7 +121,7 @@ class NearestSearch:
 
     def _pop(self) -> tuple[Floats, Floats, Floats]:
         """The nearest boxes that no counterexample excludes: lower bounds (n,), corners (k, n)."""
-        taken = []
+        taken: list[tuple[float, int, Floats, Floats]] = []
         while self._heap and len(taken) < self._batch and self._heap[0][0] < self._distance:
             taken.append(heapq.heappop(self._heap))
         if not taken:
@@ -169,8 +173,10 @@ class NearestSearch:
         low, high = judgement.box_around(centres)
         around = np.stack([centres, np.where(descent > 0, low, high)], 1)
         self._try(centres, around, deadline, at_most=_VERIFIED)
-        if len(centres):
-            self._try_inward(candidates[judgement.distance(candidates).argmin()], deadline, tolerance)
+        self._n_tried += 1
+        if len(centres) and self._n_tried % _CLIMB_EVERY == 0:
+            nearest = candidates[judgement.distance(candidates).argmin()]
+            self._try_inward(judgement.on_grid(nearest), deadline, tolerance)
 
     def _try_inward(self, centre: Floats, deadline: float, tolerance: float) -> None:
         """Climb from a centre that just fails, up the gradient at the worst point known around it.
@@ -195,7 +201,7 @@ class NearestSearch:
             centre = judgement.on_grid(centre + step * slope / size)
 
     def _try(self, centres: Floats, around: Floats, deadline: float, *, at_most: int) -> None:
-        """Verify the nearest of some centres (n, k), of which points around them (n, n_points, k) are good."""
+        """Verify the nearest of centres (n, k) with good outputs at points around them (n, n_points, k)."""
         judgement = self._judgement
         distance = judgement.distance(centres)
         use = np.flatnonzero(distance < self._distance)
@@ -231,9 +237,18 @@ class NearestSearch:
         shared_low = np.maximum(high - judgement.radius[:, None], judgement.low[:, None])
         shared_high = np.minimum(low + judgement.radius[:, None], judgement.high[:, None])
         some = (shared_low <= shared_high).all(0) & (low <= high).all(0)
-        if some.any():
-            points = np.where(descent > 0, shared_low, shared_high)[:, some].T
-            self._remember(points[judgement.values(points) < judgement.margin])
+        if not some.any():
+            return
+        points = np.where(descent > 0, shared_low, shared_high)[:, some].T
+        if judgement.n_features <= _SCATTERED_FEATURES:
+            # The bounds point to one corner; where several matter, that one may be hardly violated.
+            ends = shared_low[:, some][:, :_ALL_CORNERS], shared_high[:, some][:, :_ALL_CORNERS]
+            corners = [
+                np.where(np.array(upper)[:, None], ends[1], ends[0]).T
+                for upper in itertools.product((False, True), repeat=judgement.n_features)
+            ]
+            points = np.concatenate([points, *corners])
+        self._remember(points[judgement.values(points) < judgement.margin])
 
     def _split(self, lower: Floats, low: Floats, high: Floats, axis: np.ndarray, deadline: float) -> None:
         some = (low <= high).all(0)

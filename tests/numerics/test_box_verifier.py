@@ -16,10 +16,12 @@ def _network(sizes, activation=None, seed=0):
     rng = np.random.default_rng(seed)
     activation = activation or (lambda n: piecewise(0.0, 1.0, n))
     layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         weight = rng.normal(size=(n_out, n_in)) * np.sqrt(2 / n_in)
         last = i == len(sizes) - 2
-        layers.append(Layer(((i, weight),), 0.3 * rng.normal(size=n_out), None if last else activation(n_out)))
+        layers.append(
+            Layer(((i, weight),), 0.3 * rng.normal(size=n_out), None if last else activation(n_out))
+        )
     return LayeredNetwork(sizes[0], tuple(layers))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ ACTIVATIONS = {
 def _network(sizes, activation=ACTIVATIONS["relu"], seed=0):
     rng = np.random.default_rng(seed)
     layers = []
-    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         weight = rng.normal(size=(n_out, n_in)) * np.sqrt(2 / n_in)
         last = i == len(sizes) - 2
         bias = 0.3 * rng.normal(size=n_out)
@@ -37,7 +38,10 @@ def _with_residuals(network, seed=1):
     rng = np.random.default_rng(seed)
     layers = list(network.layers)
     width = layers[2].n_neurons
-    more = ((1, rng.normal(size=(width, layers[0].n_neurons))), (0, rng.normal(size=(width, network.n_inputs))))
+    more = (
+        (1, rng.normal(size=(width, layers[0].n_neurons))),
+        (0, rng.normal(size=(width, network.n_inputs))),
+    )
     layers[2] = replace(layers[2], sources=layers[2].sources + more)
     return replace(network, layers=tuple(layers))
 
