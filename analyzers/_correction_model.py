@@ -175,7 +175,7 @@ def flat_inputs(batches: Any) -> tuple[Tensor, np.ndarray]:
     return torch.cat(inputs), torch.cat(targets).detach().cpu().numpy()
 
 
-def flatten(inputs: Tensor, samples: Sequence[int]) -> Floats:
+def flatten(inputs: Tensor, samples: Sequence[int] | np.ndarray) -> Floats:
     """Chosen inputs as float64 (n_samples, n_inputs)."""
     chosen = inputs[torch.as_tensor(list(samples), device=inputs.device)]
     return np.asarray(chosen.detach().cpu().double().reshape(len(chosen), -1).numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from dynprobe.analyzers.numerics.layered_network import Floats
 
 _N_PROBES = 1024
 """Random points at which the model is compared with the analysed layers, beside the judged inputs."""
+
+_TIMES_ERROR = 4.1
+"""Two outputs are compared, each may be off, and what was measured need not be the largest error."""
 
 _LEAST = 1e-9
 """Of the outputs' size, the least margin: what float64 itself may be wrong by."""
@@ -112,7 +116,9 @@ def judge_all(
     points = flatten(inputs, chosen.index)
     error = _rounding_error(classifier, call.table, points, call.settings.seed)
     scale = float(np.abs(classifier.network(points)).max())
-    rules = Rules(call.table, call.norm, call.max_changed, max(4 * error, _LEAST * max(scale, 1.0)))
+    rules = Rules(
+        call.table, call.norm, call.max_changed, max(_TIMES_ERROR * error, _LEAST * max(scale, 1.0))
+    )
     others, notes = _others(call, run, inputs, classifier)
     judge = Judge(classifier, rules, call.settings, others=list(others.values()))
     decided = classifier.decides(points)
@@ -121,12 +127,8 @@ def judge_all(
         if progress is not None:
             progress(i, len(points), f"sample {sample}")
         before = _before(previous, chosen.index, i)
-        judged = _kept(
-            partial,
-            f"sample {sample}",
-            lambda i=i, point=point, before=before: judge(point, int(decided[i]), chosen.targets[i], before),
-        )
-        records.append(judged)
+        given = point, int(decided[i]), chosen.targets[i], before
+        records.append(_kept(partial, f"sample {sample}", functools.partial(judge, *given)))
     values = stacked(records) | _facts(call, judge.columns, chosen, names, error)
     if call.transfer:
         values["other"] = np.array(list(others), dtype=object)

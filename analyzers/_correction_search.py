@@ -42,6 +42,7 @@ class Way:
         target: Class to be decided.
         categories: For every one-hot group the category's position.
         floor: A lower bound on its total distance that is known from the start.
+        is_widest: Whether no other way changes these features and more.
         lead: Least output at the judged input: the nearer to the margin, the more promising.
     """
 
@@ -52,6 +53,7 @@ class Way:
     target: int
     categories: tuple[int, ...] = ()
     floor: float = 0.0
+    is_widest: bool = True
     lead: float = 0.0
     _search: dict[bool, Solver] = field(default_factory=dict, repr=False)
 
@@ -108,6 +110,9 @@ class Solver:
             cutoff: Distances from here on are of no interest.
             share: Seconds that a MILP may take instead, since one that is interrupted starts again.
         """
+        if not self.judgement.n_features:
+            self._take(_of_single_point(self.judgement), "evaluation")
+            return
         few = self.judgement.n_features <= FEW
         if not few and not self._tried_milp:
             self._look(time.monotonic() + 0.3 * share)
@@ -160,6 +165,12 @@ class Solver:
             found.centre if better else self.bounds.centre,
             max(found.n_boxes, self.bounds.n_boxes),
         )
+
+
+def _of_single_point(judgement: Judgement) -> Bounds:
+    """Where nothing but a category changes there is one point to look at."""
+    corrects = judgement.values(np.zeros((1, 0)))[0] >= judgement.margin
+    return Bounds(0.0, 0.0, np.zeros(0), 1) if corrects else Bounds(math.inf, math.inf, None, 1)
 
 
 def is_too_large(judgement: Judgement) -> bool:

@@ -48,7 +48,7 @@ def most_changed(asked: int, table: FeatureTable, shape: str) -> int:
         OptionError: If a polygon is asked for and other than two features may change.
     """
     k = len(table.names) + len(table.groups)
-    usual = 2 if k > FEW and math.comb(k, 2) <= MOST_SUBSETS else k
+    usual = 2 if k > FEW and k + math.comb(k, 2) <= MOST_SUBSETS else k
     found = min(asked, k) if asked else usual
     if shape == "polygon" and (found != 2 or len(table.names) < 2):
         raise OptionError(
@@ -65,7 +65,11 @@ def domain(table: FeatureTable, point: Floats) -> tuple[Floats, Floats]:
 
 
 def ways_of(rules: Rules, classifier: Classifier, point: Floats, targets: Sequence[int]) -> list[Way]:
-    """Every subset of features, category and target that is allowed for one judged input (n_inputs,)."""
+    """Every subset of features, category and target that is allowed for one judged input (n_inputs,).
+
+    Raises:
+        OptionError: If there are too many, or the input is not one-hot where it should be.
+    """
     table = rules.table
     found = []
     _check_number(rules)
@@ -74,14 +78,24 @@ def ways_of(rules: Rules, classifier: Classifier, point: Floats, targets: Sequen
     ):
         size = min(rules.max_changed - n_changed, len(table.names))
         lead = float(classifier.margins(target)(changed[None]).min())
-        subsets = list(itertools.combinations(range(len(table.names)), size))
+        subsets = [
+            columns
+            for n in _sizes(size, len(table.names))
+            for columns in itertools.combinations(range(len(table.names)), n)
+        ]
         floors = _floors(rules, classifier, changed, subsets, target)
         for columns, floor in zip(subsets, floors, strict=True):
             judgement = _judgement(rules, classifier, changed, columns, target)
             way = Way(columns, judgement, changed, base, target, categories)
             way.floor, way.lead = way.total(float(floor)), lead
+            way.is_widest = len(columns) == size
             found.append(way)
     return found
+
+
+def _sizes(most: int, k: int) -> Sequence[int]:
+    """Sizes of subsets: all at once, or up to `most`: where fewer features change, fewer need be stable."""
+    return (most,) if most in (0, k) else range(1, most + 1)
 
 
 def _check_number(rules: Rules) -> None:
@@ -91,10 +105,10 @@ def _check_number(rules: Rules) -> None:
         OptionError: If there are more than `MOST_SUBSETS`.
     """
     k = len(rules.table.names)
-    n_subsets = math.comb(k, min(rules.max_changed, k))
+    n_subsets = sum(math.comb(k, n) for n in _sizes(min(rules.max_changed, k), k))
     if n_subsets > MOST_SUBSETS:
         raise OptionError(
-            f"{rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways, and at most "
+            f"up to {rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways, and at most "
             f"{MOST_SUBSETS:,} are searched.",
             f"Choose fewer --features, or --max-changed 1, or --max-changed {k} to change all at once.",
         )

@@ -104,7 +104,7 @@ class Judge:
             before: What the checkpoint before said, or None.
         """
         start = time.monotonic()
-        record = Record(self.columns.shown(point), decided, margin=self._verified)
+        record = Record(self.columns.shown(point), decided, margin=self.rules.margin)
         if before is not None and before.box.is_known:
             record.previous_holds = self._holds_here(point, before.box, before.target)
         if decided in targets:
@@ -114,7 +114,9 @@ class Judge:
         if len(targets) == 1:
             record.target = targets[0]
         ways = ways_of(self.rules, self.classifier, point, targets)
-        closest = self._nearest(ways, before, start, stable=False, floor=0.0)
+        # a point that changes fewer features is one that changes more of them by nothing
+        widest = [way for way in ways if way.is_widest]
+        closest = self._nearest(widest, before, start, stable=False, floor=0.0)
         self._tell_nearest(record, closest)
         stable = closest
         if any(way.judgement.is_stable for way in ways):
@@ -216,7 +218,7 @@ class Judge:
 
     def _changed(self, way: Way, value: Floats) -> Floats:
         """1 for features that this correction may change, and for columns of a category that differs."""
-        changed = (self.columns.shown(way.point) != value).astype(float)
+        changed: Floats = np.asarray(self.columns.shown(way.point) != value, np.float64)
         changed[list(way.columns)] = 1.0
         return changed
 

@@ -119,7 +119,7 @@ class LayeredNetwork:
     def n_entries(self) -> int:
         """Number of weights, or of entries that are not zero where matrices are sparse."""
         matrices = [matrix for layer in self.layers for _, matrix in layer.sources]
-        return max(sum(m.nnz if sparse.issparse(m) else m.size for m in matrices), 1)
+        return max(sum(int(m.nnz if sparse.issparse(m) else m.size) for m in matrices), 1)
 
     @property
     def is_smooth(self) -> bool:
