@@ -11,6 +11,7 @@ import numpy as np
 
 from dynprobe.analyzers.numerics.correction_milp import n_binaries, nearest_by_milp
 from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
+from dynprobe.analyzers.numerics.interval_bounds import excluded_distance
 from dynprobe.analyzers.numerics.layered_network import Floats
 from dynprobe.analyzers.numerics.nearest_correction import NearestSearch, nearest_by_heuristic
 
@@ -115,8 +116,13 @@ class Solver:
             return
         few = self.judgement.n_features <= FEW
         if not few and not self._tried_milp:
-            self._look(time.monotonic() + 0.3 * share)
-            self._solve(share, tolerance)
+            now = time.monotonic()
+            excluded = excluded_distance(self.judgement, now + 0.1 * share)
+            self._take(Bounds(excluded, math.inf), "interval bounds")
+            if excluded >= cutoff:
+                return
+            self._look(now + 0.4 * share)
+            self._solve(0.6 * share, tolerance)
         elif few and self._branching is not None and not self._tried_milp:
             # what is still open after a turn may be one of the few that branching is slow on
             self._solve(share, tolerance)

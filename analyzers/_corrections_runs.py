@@ -25,6 +25,9 @@ OUTCOMES = {
 """Every outcome of a judgement, in the words of figures."""
 FOUND = (OPTIMAL, BOUNDED)
 
+_IN_ORDER = 5
+"""Changes up to which the order is that of the features."""
+
 
 class JudgedRun:
     """One run's corrections, without failed checkpoints.
@@ -86,6 +89,22 @@ class JudgedRun:
     def changed(self, sample: int, checkpoint: int = -1) -> NDArray[np.intp]:
         """Which features the correction changes."""
         return np.flatnonzero(np.nan_to_num(self.numbers("changed")[checkpoint, sample]) > 0)
+
+    def largest_changes(self, sample: int) -> NDArray[np.intp]:
+        """The same at the last checkpoint, without those left as they were if there are others.
+
+        Where they are many, those changed most in parts of their range come first.
+        """
+        changed = self.changed(sample)
+        value, corrected, low, high = (
+            self.numbers(n)[-1, sample][changed] for n in ("value", "corrected", "box_low", "box_high")
+        )
+        ranges = (self.numbers("feature_high") - self.numbers("feature_low"))[-1][changed]
+        size = np.nan_to_num(np.abs(corrected - value) / np.where(ranges > 0, ranges, 1.0))
+        told = (size > 0) | (np.nan_to_num(high - low) > 0)
+        if told.any():
+            changed, size = changed[told], size[told]
+        return changed if len(changed) <= _IN_ORDER else changed[np.argsort(-size, kind="stable")]
 
     def transition(self, sample: int, checkpoint: int = -1) -> str:
         """What the sample is judged as, and what it is to be judged as: `malignant → benign`."""

@@ -143,7 +143,7 @@ def _judgement(run: JudgedRun, i: int) -> str:
 
 def _found(run: JudgedRun, i: int) -> str:
     distance, lower = (float(run.numbers(n)[-1, i]) for n in ("stable_distance", "stable_lower_bound"))
-    changed = run.changed(i)
+    changed = run.largest_changes(i)
     changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in changed]
     text = f"{listed(changes, noun='features')} flips it; distance {distance:.3g}"
     if run.outcomes()[-1, i] == FOUND[0]:
@@ -166,6 +166,8 @@ def change_text(run: JudgedRun, i: int, j: int) -> str:
 
 def _evidence(run: JudgedRun, i: int) -> str:
     n, failures = (run.numbers(name)[-1, i] for name in ("n_sampled", "sampled_failures"))
+    if not np.isfinite(run.numbers("box_low")[-1, i]).all():
+        return "a single point, which the model itself confirms"
     if not n > 0:
         return "numerically verified"
     if failures > 0:

@@ -116,6 +116,7 @@ def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
     cost=_cost,
     reads=_reads,
     table=TABLE,
+    names=True,
 )
 def corrections(
     model: torch.nn.Module,

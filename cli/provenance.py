@@ -78,9 +78,10 @@ def folders(plan: Plan) -> dict[str, Path]:
 def facts_of(request: Request, plan: Plan) -> dict[str, dict[str, Any]]:
     """What each run is measured on: model, data, loss; by run."""
     needed = plan.declaration.needed(request.options)
+    decides = plan.declaration.decided_by(request.options)
     found: dict[str, dict[str, Any]] = {}
     for prepared in plan.prepared:
-        facts: dict[str, Any] = {"measured_on": dict(prepared.run.setup.facts(needed))}
+        facts: dict[str, Any] = {"measured_on": dict(prepared.run.setup.facts(decides))}
         used = "batches" in needed or plan.declaration.wants("activations")
         dataset = prepared.dataset if used else None
         if dataset is not None:

@@ -340,6 +340,8 @@ def _facts(request: Request, specs: Specs, shared: SharedData, needs: Sequence[s
         facts["dtype"] = request.dtype
     if specs.data and "batches" in names:
         facts["data"] = shared.dataset(specs.data).hash
+    if specs.data and "names" in names:
+        facts["names"] = shared.dataset(specs.data).names_hash
     if specs.data and "activations" in names:
         facts["inputs"] = shared.input_hash(specs.data)
     if specs.test_data and "test_batches" in names:

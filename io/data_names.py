@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -48,6 +50,15 @@ class Named:
             "feature_scale": self.feature_scale,
             "class_names": self.class_names,
         }
+
+    @property
+    def names_hash(self) -> str:
+        """Hash of the names and units; empty where there are none."""
+        units = [None if u is None else u.tolist() for u in (self.feature_offset, self.feature_scale)]
+        known = [self.feature_names, self.class_names, *units]
+        if not any(known):
+            return ""
+        return hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
 
     def change_units(self, x: Tensor, *, times: Any = 1.0, plus: Any = 0.0) -> None:
         """Keep the own units known when inputs become smaller: the input before was `plus + times * input`.

@@ -165,6 +165,7 @@ class Declaration:
         summary_of: What `summary` sees at once: a `run` (or the pairs of two runs), or the whole `call`.
         matrix: A variable of two dimensions that the screen shows as a matrix under the table.
         under: `under(options)`, another grain and other returns under these options; empty for none.
+        names: Whether the names and units of the data's features and classes decide what is returned.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Declaration:
     summary_of: Literal["run", "call"] = "run"
     matrix: str = ""
     under: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    names: bool = False
 
     def resolved(self, options: Mapping[str, Any]) -> Declaration:
         """The declaration as it is under these options."""
@@ -199,6 +201,10 @@ class Declaration:
         """What the function needs under these options; anything else it is given as None."""
         skipped = self.skips(options) if self.skips else ()
         return tuple(need for need in self.needs if need not in skipped)
+
+    def decided_by(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Of what the facts about a run decide the numbers: its needs, and the names in the data."""
+        return (*self.needed(options), *(["names"] if self.names else []))
 
     def builds_model(self, *, available: bool) -> bool:
         """Whether it may use a model, given whether something says how to build one."""
@@ -256,6 +262,7 @@ def analyzer(
     summary_of: Literal["run", "call"] = "run",
     matrix: str = "",
     under: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    names: bool = False,
 ) -> Callable[[Function], Function]:
     """Declare a plain function to be an analyzer; it stays the plain function.
 
@@ -279,6 +286,8 @@ def analyzer(
         under: For an analyzer that measures pairs or, under some options, single checkpoints:
             `under(options)` gives the `grain` and `returns` that hold then, or nothing. Of
             `activations_a, activations_b` a single checkpoint fills the first; the second is None.
+        names: Whether it looks at the names and units of the data's features and classes: they are then part
+            of the key for resuming.
 
     Raises:
         DeclarationError: At import, if the declaration cannot be followed.
@@ -299,6 +308,7 @@ def analyzer(
             summary_of=summary_of,
             matrix=matrix,
             under=under,
+            names=names,
         )
         setattr(function, MARKER, declaration)
         return function

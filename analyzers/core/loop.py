@@ -207,7 +207,7 @@ def piece_key(job: Job, unit: Unit, previous: str = "") -> str:
         for name in needed
         if name.removesuffix("_a").removesuffix("_b") in ("step", "path")
     ]
-    facts = [dict(run.setup.facts(needed)) for run in runs]
+    facts = [dict(run.setup.facts(declaration.decided_by(job.options))) for run in runs]
     chain = previous if "previous" in needed else ""
     options = declaration.deciding(job.options) | _contents(declaration, job.options)
     payload = [declaration.name, options, code_hash(declaration), facts, hashes, places, chain]
