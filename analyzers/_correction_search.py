@@ -117,12 +117,12 @@ class Solver:
         few = self.judgement.n_features <= FEW
         if not few and not self._tried_milp:
             now = time.monotonic()
-            excluded = excluded_distance(self.judgement, now + 0.1 * share)
+            excluded = excluded_distance(self.judgement, now + 0.2 * share)
             self._take(Bounds(excluded, math.inf), "interval bounds")
             if excluded >= cutoff:
                 return
-            self._look(now + 0.4 * share)
-            self._solve(0.6 * share, tolerance)
+            self._look(now + 0.5 * share)
+            self._solve(0.5 * share, tolerance)
         elif few and self._branching is not None and not self._tried_milp:
             # what is still open after a turn may be one of the few that branching is slow on
             self._solve(share, tolerance)

@@ -146,6 +146,8 @@ class Judge:
         known: Found | None = None,
     ) -> Found:
         settings = self.settings
+        # where nothing is asked of the surroundings the first search is the only one
+        share = _NEAREST if not stable and any(way.judgement.is_stable for way in ways) else _STABLE
         seeds = list(_seeds(self._table, self.columns, ways, before, stable=stable))
         if known is not None and known.way is not None and known.centre is not None:
             seeds.append((known.way, known.centre))
@@ -154,7 +156,7 @@ class Judge:
         return nearest(
             ways,
             stable=stable,
-            deadline=start + settings.budget * (_STABLE if stable else _NEAREST),
+            deadline=start + settings.budget * share,
             tolerance=settings.tolerance,
             seed=settings.seed,
             seeds=seeds,

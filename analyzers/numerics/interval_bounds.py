@@ -76,6 +76,6 @@ def excluded_distance(judgement: Judgement, deadline: float) -> float:
     for _ in range(_HALVINGS):
         if time.monotonic() > deadline or limit - known < 0.01 * known:
             break
-        middle = (known + limit) / 2
+        middle = (known + limit) / 2 if known else limit / 8  # balls that can be excluded are small
         known, limit = (middle, limit) if excludes(middle) else (known, middle)
     return known

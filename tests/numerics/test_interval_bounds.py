@@ -1,5 +1,6 @@
 """Interval bounds enclose every value, and a ball that they exclude holds no correction."""
 
+import itertools
 import math
 import time
 
@@ -28,7 +29,7 @@ def network(kind, sizes=(3, 8, 6, 1), seed=0):
             rng.normal(size=b) * 0.3,
             ACTIVATIONS[kind](b) if i < len(sizes) - 2 else None,
         )
-        for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     ]
     return LayeredNetwork(sizes[0], tuple(layers))
 
