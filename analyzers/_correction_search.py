@@ -252,7 +252,8 @@ def nearest(
         way, solver = ways[i], solvers[i]
         now = time.monotonic()
         few = way.judgement.n_features <= FEW
-        share = (deadline - now) / max(sum(not started[j] for j in open_), 2 if few else 1)
+        n_waiting = 2 * len(open_) if few else max(sum(not started[j] for j in open_), 1)
+        share = (deadline - now) / n_waiting
         alone = len(open_) == 1 and (started[i] or not few)
         until = deadline if alone else min(deadline, now + (SLICE if few else share))
         solver.run(until, tolerance, way.remaining(enough), share=share)
