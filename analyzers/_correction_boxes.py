@@ -118,9 +118,8 @@ def overlap(a: ReportedBox, b: ReportedBox) -> float:
     """Intersection over union of two boxes; NaN where one is missing, 0 where they change other features."""
     if not (a.is_known and b.is_known):
         return float("nan")
-    moving = (a.low != a.high) | (b.low != b.high)
-    same = ~moving & (a.low != b.low)
-    if same.any():
+    moving = a.low != a.high
+    if (moving != (b.low != b.high)).any() or (a.low != b.low)[~moving].any():
         return 0.0
     low, high = np.maximum(a.low, b.low)[moving], np.minimum(a.high, b.high)[moving]
     shared = float(np.prod(np.maximum(high - low, 0.0)))

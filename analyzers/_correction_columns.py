@@ -19,12 +19,14 @@ class Columns:
         index: In the flattened input, (n_reported,).
         offset: (n_reported,).
         scale: (n_reported,).
+        whole: Which are whole numbers, but for the rounding of the inputs, (n_reported,).
     """
 
     names: tuple[str, ...]
     index: np.ndarray
     offset: Floats
     scale: Floats
+    whole: np.ndarray
 
     @classmethod
     def of(cls, table: FeatureTable) -> Columns:
@@ -35,11 +37,13 @@ class Columns:
             np.concatenate([table.index, *(group.index for group in groups)]).astype(np.int64),
             np.concatenate([table.offset, *(group.offset for group in groups)]),
             np.concatenate([table.scale, *(group.scale for group in groups)]),
+            np.concatenate([table.integer, *(np.ones(len(group.index), bool) for group in groups)]),
         )
 
     def shown(self, point: Floats) -> Floats:
         """Values of an input (n_inputs,), shape (n_reported,)."""
-        return np.asarray(self.offset + self.scale * point[self.index])
+        values = self.offset + self.scale * point[self.index]
+        return np.where(self.whole, np.round(values) + 0.0, values)  # and no negative zero
 
     def inputs(self, shown: Floats) -> Floats:
         """The inverse: entries of the input."""

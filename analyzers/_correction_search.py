@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from dynprobe.analyzers.numerics.correction_milp import n_binaries, nearest_by_milp
-from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement
+from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement, Norm
 from dynprobe.analyzers.numerics.interval_bounds import excluded_distance
 from dynprobe.analyzers.numerics.layered_network import Floats
 from dynprobe.analyzers.numerics.nearest_correction import NearestSearch, nearest_by_heuristic
@@ -37,10 +38,12 @@ class Way:
 
     Args:
         columns: Positions in the table of the features that change.
-        judgement: In units of their ranges.
+        make: Makes the judgement, in units of their ranges; most ways are set aside before they need one.
         point: The judged input with this way's category, (n_inputs,).
         base: What the change of category costs.
         target: Class to be decided.
+        norm: How costs add up.
+        is_stable: Whether more than a point is asked for.
         categories: For every one-hot group the category's position.
         floor: A lower bound on its total distance that is known from the start.
         is_widest: Whether no other way changes these features and more.
@@ -48,18 +51,30 @@ class Way:
     """
 
     columns: tuple[int, ...]
-    judgement: Judgement
+    make: Callable[[], Judgement] = field(repr=False)
     point: Floats
     base: float
     target: int
+    norm: Norm
+    is_stable: bool
     categories: tuple[int, ...] = ()
     floor: float = 0.0
     is_widest: bool = True
     lead: float = 0.0
     _search: dict[bool, Solver] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def judgement(self) -> Judgement:
+        """What is asked, in units of the features' ranges."""
+        return self.make()
+
+    def known(self, *, stable: bool) -> Bounds:
+        """What is known about it, for points or for stable corrections."""
+        solver = self._search.get(stable)
+        return solver.bounds if solver else Bounds(0.0, math.inf)
+
     def solver(self, *, stable: bool, seeds: Sequence[Floats], seed: int) -> Solver:
-        """What is known about this way, for points or for stable corrections; kept between calls."""
+        """What finds out more; kept between calls."""
         if stable not in self._search:
             judgement = self.judgement if stable else self.judgement.for_points()
             self._search[stable] = Solver(judgement, seeds, seed)
@@ -67,11 +82,11 @@ class Way:
 
     def total(self, distance: float) -> float:
         """Its distance with what the category costs."""
-        return self.base + distance if self.judgement.norm == "l1" else max(self.base, distance)
+        return self.base + distance if self.norm == "l1" else max(self.base, distance)
 
     def remaining(self, total: float) -> float:
         """The distance that a total leaves to the features; negative where the category alone is dearer."""
-        return total - self.base if self.judgement.norm == "l1" or total < self.base else total
+        return total - self.base if self.norm == "l1" or total < self.base else total
 
 
 class Solver:
@@ -156,6 +171,8 @@ class Solver:
         if n_binaries(judgement, within=self.bounds.upper) > MAX_BINARIES:
             return
         until = time.monotonic() + share
+        if self._branching is not None:
+            self._look(until - 0.7 * share)  # what branching does not close it may not find well
         found = nearest_by_milp(judgement, known=self.bounds, deadline=until, tolerance=tolerance)
         self._take(found, "milp")
 
@@ -236,39 +253,43 @@ def nearest(
         floor: A lower bound that is known already.
     """
     known_points = {id(way): [point for owner, point in seeds if owner is way] for way in ways}
-    solvers = [way.solver(stable=stable, seeds=known_points[id(way)], seed=seed) for way in ways]
-    lower = np.array([_lower(way, s) for way, s in zip(ways, solvers, strict=True)])
-    upper = np.array([way.total(s.bounds.upper) for way, s in zip(ways, solvers, strict=True)])
-    started = np.zeros(len(ways), bool)
+    lower = np.array([_lower(way, way.known(stable=stable)) for way in ways])
+    upper = np.array([way.total(way.known(stable=stable).upper) for way in ways])
+    started, exhausted = np.zeros(len(ways), bool), np.zeros(len(ways), bool)
+    lead = np.array([way.lead for way in ways])
+    solvers: dict[int, Solver] = {}
     first = [i for i, way in enumerate(ways) if known_points[id(way)]]
     while True:
         best = float(upper.min())
         enough = best * (1 - tolerance)
-        open_ = [i for i in range(len(ways)) if lower[i] < enough and not solvers[i].exhausted]
-        if not open_ or time.monotonic() > deadline:
+        open_ = np.flatnonzero((lower < enough) & ~exhausted)
+        if not len(open_) or time.monotonic() > deadline:
             break
         told = first.pop(0) if first else None
-        i = told if told in open_ else min(open_, key=lambda i: (lower[i], started[i], -ways[i].lead))
-        way, solver = ways[i], solvers[i]
+        order = np.lexsort((-lead[open_], started[open_], lower[open_]))
+        i = told if told is not None and told in open_ else int(open_[order[0]])
+        way = ways[i]
+        solver = solvers.setdefault(i, way.solver(stable=stable, seeds=known_points[id(way)], seed=seed))
         now = time.monotonic()
-        few = way.judgement.n_features <= FEW
-        n_waiting = 2 * len(open_) if few else max(sum(not started[j] for j in open_), 1)
+        few = len(way.columns) <= FEW
+        n_waiting = 2 * len(open_) if few else max(int((~started[open_]).sum()), 1)
         share = (deadline - now) / n_waiting
         alone = len(open_) == 1 and (started[i] or not few)
         until = deadline if alone else min(deadline, now + (SLICE if few else share))
         solver.run(until, tolerance, way.remaining(enough), share=share)
-        started[i] = True
-        lower[i], upper[i] = _lower(way, solver), way.total(solver.bounds.upper)
-    n_boxes = sum(solver.bounds.n_boxes for solver in solvers)
+        started[i], exhausted[i] = True, solver.exhausted
+        lower[i], upper[i] = _lower(way, solver.bounds), way.total(solver.bounds.upper)
+    n_boxes = sum(way.known(stable=stable).n_boxes for way in ways)
     winner = int(upper.argmin())
     if not math.isfinite(upper[winner]):
         known = max(float(lower.min()), floor)
-        names = {s.name for s in solvers} - {"none"}
-        return Found(known, math.inf, None, None, ", ".join(sorted(names)) or "none", n_boxes)
+        names = {s.name for s in solvers.values()} - {"none"}
+        unsearched = "linear bounds" if known > 0 else "none"
+        return Found(known, math.inf, None, None, ", ".join(sorted(names)) or unsearched, n_boxes)
     known = min(max(float(lower.min()), floor), float(upper[winner]))
-    solver = solvers[winner]
+    solver = ways[winner].solver(stable=stable, seeds=(), seed=seed)
     return Found(known, float(upper[winner]), ways[winner], solver.bounds.centre, solver.name, n_boxes)
 
 
-def _lower(way: Way, solver: Solver) -> float:
-    return max(way.total(solver.bounds.lower), way.floor)
+def _lower(way: Way, known: Bounds) -> float:
+    return max(way.total(known.lower), way.floor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +18,13 @@ from dynprobe.analyzers.core.contract import OptionError
 from dynprobe.analyzers.numerics.centre_bounds import bound_centres
 from dynprobe.analyzers.numerics.correction_problem import Judgement, Norm
 from dynprobe.analyzers.numerics.layered_network import Floats
+from dynprobe.analyzers.numerics.linear_bounds import boxes_at_once
 
-MOST_SUBSETS = 5000
-"""Subsets of features that are searched at most."""
+MOST_WAYS, _MOST_USUAL = 50_000, 2_100
+"""Subsets, times classes and categories, that are searched at most; and subsets without being asked to."""
 
 _SCREENED, _SCREENED_AT_ONCE = 16, 256
-"""From how many subsets on they are screened, and how many at once."""
+"""From how many subsets on they are screened, and how many at most at once."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def most_changed(asked: int, table: FeatureTable, shape: str) -> int:
         OptionError: If a polygon is asked for and other than two features may change.
     """
     k = len(table.names) + len(table.groups)
-    usual = 2 if k > FEW and k + math.comb(k, 2) <= MOST_SUBSETS else k
+    usual = 2 if k > FEW and k + math.comb(k, 2) <= _MOST_USUAL else k
     found = min(asked, k) if asked else usual
     if shape == "polygon" and (found != 2 or len(table.names) < 2):
         raise OptionError(
@@ -64,17 +67,32 @@ def domain(table: FeatureTable, point: Floats) -> tuple[Floats, Floats]:
     return np.minimum(table.low, own), np.maximum(table.high, own)
 
 
-def ways_of(rules: Rules, classifier: Classifier, point: Floats, targets: Sequence[int]) -> list[Way]:
+def ways_of(
+    rules: Rules,
+    classifier: Classifier,
+    point: Floats,
+    targets: Sequence[int],
+    *,
+    deadline: float = math.inf,
+) -> list[Way]:
     """Every subset of features, category and target that is allowed for one judged input (n_inputs,).
+
+    Args:
+        rules: What may change.
+        classifier: The checkpoint's network.
+        point: The judged input, (n_inputs,).
+        targets: Classes of which one is to be decided.
+        deadline: Until when lower bounds for many ways at once are looked for, by `time.monotonic()`.
 
     Raises:
         OptionError: If there are too many, or the input is not one-hot where it should be.
     """
     table = rules.table
     found = []
-    _check_number(rules)
+    _check_number(rules, len(targets))
+    by_lead = sorted(targets, key=lambda target: -classifier.margins(target)(point[None]).min())
     for target, (categories, changed, n_changed, base) in itertools.product(
-        targets, _category_choices(rules, point)
+        by_lead, _category_choices(rules, point)
     ):
         size = min(rules.max_changed - n_changed, len(table.names))
         lead = float(classifier.margins(target)(changed[None]).min())
@@ -83,10 +101,11 @@ def ways_of(rules: Rules, classifier: Classifier, point: Floats, targets: Sequen
             for n in _sizes(size, len(table.names))
             for columns in itertools.combinations(range(len(table.names)), n)
         ]
-        floors = _floors(rules, classifier, changed, subsets, target)
+        floors = _floors(rules, classifier, changed, subsets, target, deadline)
         for columns, floor in zip(subsets, floors, strict=True):
-            judgement = _judgement(rules, classifier, changed, columns, target)
-            way = Way(columns, judgement, changed, base, target, categories)
+            make = functools.partial(_judgement, rules, classifier, changed, columns, target)
+            stable = bool(_radius(table, list(columns)).any())
+            way = Way(columns, make, changed, base, target, rules.norm, stable, categories)
             way.floor, way.lead = way.total(float(floor)), lead
             way.is_widest = len(columns) == size
             found.append(way)
@@ -98,36 +117,48 @@ def _sizes(most: int, k: int) -> Sequence[int]:
     return (most,) if most in (0, k) else range(1, most + 1)
 
 
-def _check_number(rules: Rules) -> None:
-    """Refuse so many subsets that not even one look at each is affordable.
+def _check_number(rules: Rules, n_targets: int) -> None:
+    """Refuse so many ways that not even one look at each is affordable.
 
     Raises:
-        OptionError: If there are more than `MOST_SUBSETS`.
+        OptionError: If there are more than `MOST_WAYS`.
     """
     k = len(rules.table.names)
     n_subsets = sum(math.comb(k, n) for n in _sizes(min(rules.max_changed, k), k))
-    if n_subsets > MOST_SUBSETS:
+    n_categories = math.prod(len(group.categories) for group in rules.table.groups)
+    if n_subsets * n_targets * n_categories > MOST_WAYS:
+        times = f", times {n_targets} classes" if n_targets > 1 else ""
+        times += f", times {n_categories} combinations of categories" if n_categories > 1 else ""
         raise OptionError(
-            f"up to {rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways, and at most "
-            f"{MOST_SUBSETS:,} are searched.",
+            f"up to {rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways{times}, and at "
+            f"most {MOST_WAYS:,} are searched.",
             f"Choose fewer --features, or --max-changed 1, or --max-changed {k} to change all at once.",
         )
 
 
 def _floors(
-    rules: Rules, classifier: Classifier, point: Floats, subsets: list[tuple[int, ...]], target: int
+    rules: Rules,
+    classifier: Classifier,
+    point: Floats,
+    subsets: list[tuple[int, ...]],
+    target: int,
+    deadline: float,
 ) -> Floats:
     """For every subset a distance below which it has no correction, all with few passes of bounds.
 
-    Most pairs of many features are out of the question for a single look at each, which this is.
+    Most pairs of many features are out of the question for a single look at each, which this is. It is 0 for
+    those that are not looked at until the deadline.
     """
     k = len(rules.table.names)
     floors = np.zeros(len(subsets))
     if len(subsets) < _SCREENED:
         return floors
     whole = _judgement(rules, classifier, point, tuple(range(k)), target).for_points()
-    for first in range(0, len(subsets), _SCREENED_AT_ONCE):
-        part = subsets[first : first + _SCREENED_AT_ONCE]
+    at_once = min(_SCREENED_AT_ONCE, boxes_at_once(whole.network))
+    for first in range(0, len(subsets), at_once):
+        if time.monotonic() > deadline:
+            break
+        part = subsets[first : first + at_once]
         low = np.repeat(whole.start[:, None], len(part), 1)
         high = low.copy()
         for i, columns in enumerate(part):
@@ -169,7 +200,6 @@ def _judgement(
     direction = table.direction[chosen]
     index = table.index[chosen]
     integer = table.integer[chosen]
-    radius = np.where(integer, np.floor(table.stability[chosen]), table.stability[chosen])
     network = classifier.margins(target).restricted(
         point, index.tolist(), inputs_of(table, chosen, low), inputs_of(table, chosen, high)
     )
@@ -179,12 +209,18 @@ def _judgement(
         np.where(direction > 0, start, 0.0),
         np.where(direction < 0, start, 1.0),
         table.weight[chosen] * width,
-        radius / width,
+        _radius(table, chosen) / width,
         rules.margin,
         rules.norm,
         np.where(integer, 1 / width, 0.0) if integer.any() else None,
         np.where(integer, -low / width, 0.0) if integer.any() else None,
     )
+
+
+def _radius(table: FeatureTable, chosen: list[int]) -> Floats:
+    """Half-widths of the stable box in the features' own units; whole numbers for integer features."""
+    stability = table.stability[chosen]
+    return np.where(table.integer[chosen], np.floor(stability), stability)
 
 
 def inputs_of(table: FeatureTable, columns: Sequence[int], values: Floats) -> Floats:

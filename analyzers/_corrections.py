@@ -24,7 +24,7 @@ from dynprobe.analyzers.numerics.linear_bounds import bound
 from dynprobe.analyzers.numerics.verified_polygon import largest_polygon
 
 # Parts of the budget after which each stage ends; what one does not need is left to the next.
-_NEAREST, _STABLE, _BOX, _SAMPLED = 0.25, 0.65, 0.9, 1.0
+_SCREENING, _NEAREST, _STABLE, _BOX, _SAMPLED = 0.1, 0.25, 0.65, 0.9, 1.0
 _ELSEWHERE = 0.1  # of the budget, for each question whether a box holds at another checkpoint
 
 _ROOM = 0.99
@@ -113,13 +113,14 @@ class Judge:
             return record
         if len(targets) == 1:
             record.target = targets[0]
-        ways = ways_of(self.rules, self.classifier, point, targets)
+        until = start + _SCREENING * self.settings.budget
+        ways = ways_of(self.rules, self.classifier, point, targets, deadline=until)
         # a point that changes fewer features is one that changes more of them by nothing
         widest = [way for way in ways if way.is_widest]
         closest = self._nearest(widest, before, start, stable=False, floor=0.0)
         self._tell_nearest(record, closest)
         stable = closest
-        if any(way.judgement.is_stable for way in ways):
+        if any(way.is_stable for way in ways):
             stable = self._nearest(ways, before, start, stable=True, floor=closest.lower, known=closest)
         self._tell_stable(record, stable)
         if stable.way is not None and stable.centre is not None and record.outcome != "timeout":
@@ -147,7 +148,7 @@ class Judge:
     ) -> Found:
         settings = self.settings
         # where nothing is asked of the surroundings the first search is the only one
-        share = _NEAREST if not stable and any(way.judgement.is_stable for way in ways) else _STABLE
+        share = _NEAREST if not stable and any(way.is_stable for way in ways) else _STABLE
         seeds = list(_seeds(self._table, self.columns, ways, before, stable=stable))
         if known is not None and known.way is not None and known.centre is not None:
             seeds.append((known.way, known.centre))
@@ -236,6 +237,9 @@ class Judge:
             return
         deadline = start + settings.budget * _BOX
         around = judgement.radius * (1 - settings.slack)
+        if judgement.spacing is not None:  # faces of the box are whole numbers too
+            step = np.where(judgement.spacing > 0, judgement.spacing, 1.0)
+            around = np.where(judgement.spacing > 0, np.floor(around / step + 1e-9) * step, around)
         inner_low = np.maximum(centre - around, judgement.low)
         inner_high = np.minimum(centre + around, judgement.high)
         found = largest_box(judgement, centre, inner_low, inner_high, deadline=deadline, tolerance=0.05)
@@ -244,17 +248,24 @@ class Judge:
             self.classifier, self.columns, way.point, box, way.target, self._verified, deadline + 1
         )
         if not checked.holds:
-            record.notes.append("a box was left out: rounding to the features' units has put it outside")
+            record.notes.append(
+                "a box was left out: time ran out before it was verified as reported; raise --budget"
+                if checked.holds is None
+                else "a box was left out: rounding to the features' units has put it outside"
+            )
             return
         record.box_low, record.box_high = box.low, box.high
-        record.volume, record.volume_bound = found.volume, found.volume_bound
-        if settings.shape == "polygon" and judgement.n_features == 2:
+        if found.volume > 0 or (found.low == found.high).any():  # else too small for a number
+            record.volume, record.volume_bound = found.volume, found.volume_bound
+        has_area = judgement.n_features == 2 and bool((judgement.low < judgement.high).all())
+        if settings.shape == "polygon" and has_area:
             polygon = largest_polygon(
                 judgement, centre, found.low, found.high, deadline=deadline + 1, tolerance=0.05
             )
             vertices = np.stack([shown_of(self._table, way, vertex) for vertex in polygon.vertices])
             record.polygon = vertices[:PADDING]
-            record.volume, record.volume_bound = polygon.area, polygon.area_bound
+            if np.isfinite(polygon.area):  # not where one of the features cannot move
+                record.volume, record.volume_bound = polygon.area, polygon.area_bound
         tried, failed = sample_box(
             self.classifier,
             self.columns,

@@ -180,7 +180,7 @@ def corrections(
             feature's units; of single features NAME=VALUE.
         distance: Costs of several features are added (l1), or the largest counts (linf).
         max_changed: How many of the features may change at once; all such subsets are searched. 0 for all of
-            up to five features, two of up to a hundred, and all of more.
+            up to five features, two of up to 64, and all of more.
         ranges: Allowed values: quantiles of the data as 0%:100%, or LOW:HIGH; of single features
             NAME=LOW:HIGH.
         feature_file: TOML file of facts about features: range, weight, stability, integer, immutable,

@@ -6,6 +6,7 @@ connections are layers with more than one source. The last layer has no activati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -209,7 +210,7 @@ def product(matrix: Matrix, values: Floats) -> Floats:
     By torch, whose number of threads is what the caller set: numpy's takes all cores for matrices so small
     that a second thread only costs.
     """
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), math.prod(values.shape[1:]))
     if sparse.issparse(matrix):
         found = matrix @ flat
     else:

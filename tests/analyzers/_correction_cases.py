@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -55,9 +56,18 @@ def random_net(sizes, seed, activation=nn.ReLU):
     rng = np.random.default_rng(seed)
     layers = [
         (rng.normal(size=(b, a)) * np.sqrt(3 / a), 0.5 * rng.normal(size=b))
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in itertools.pairwise(sizes)
     ]
     return net(*layers, activation=activation)
+
+
+def balanced(sizes, seed, inputs, share=0.7):
+    """A random network of two classes that decides for class 1 at all but this share of some inputs."""
+    model = random_net(sizes, seed)
+    with torch.no_grad():
+        outputs = model(torch.as_tensor(inputs))
+        model[-1].bias[0] += torch.quantile(outputs[:, 1] - outputs[:, 0], share)
+    return model
 
 
 def square(n=60, k=2, seed=0):
@@ -83,6 +93,19 @@ def trained(classes=2, seed=0):
         optimizer.step()
     model.zero_grad()
     return model, Data(values, targets=labels, names=("left", "up"))
+
+
+def noisy(model, size, seed=0):
+    """A copy of a network of `trained` with noise on all parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = random_net([2, 16, 16, 2], 0)
+    copy.load_state_dict(
+        {
+            n: v + size * torch.randn(v.shape, generator=generator).double()
+            for n, v in model.state_dict().items()
+        }
+    )
+    return copy
 
 
 def judged(model, batches, **options):

@@ -156,6 +156,31 @@ def test_what_an_analyzer_reads_elsewhere_in_the_run_is_part_of_its_key():
     assert values_of(measure(job(against_last), [unit], MemoryStore())) == [5]
 
 
+def test_the_last_checkpoints_of_the_other_runs_of_the_call_are_part_of_the_key_where_they_are_read():
+    @analyzer(returns=NORM, reads=lambda options: ["others"])
+    def against_others(state, run):
+        """Norm."""
+        return {"norm": sum(float(other.state("last")["weight"].norm()) for other in run.others)}
+
+    run, other = make_run([1.0, 4.0]), make_run([5.0, 2.0], "other")
+    run.others = [run, other]
+    unit = checkpoint_units(run, run.checkpoints)[0]
+    assert values_of(measure(job(against_others), [unit], MemoryStore())) == [6]
+    key = piece_key(job(against_others), unit)
+    other.checkpoints[0].value = 7.0
+    assert piece_key(job(against_others), unit) == key
+    other.checkpoints[1].value = 3.0
+    changed = piece_key(job(against_others), unit)
+    other.name = "another"
+    assert len({key, changed, piece_key(job(against_others), unit)}) == 3
+
+
+def test_a_broken_run_beside_it_is_part_of_the_key_too():
+    run, other = make_run([1.0]), make_run([5.0, 2.0], "other", broken=[1])
+    run.others = [run, other]
+    assert run.content_hashes("others") == ["run 1.0", "other broken: step_1.pt: truncated"]
+
+
 def test_pairs_get_both_sides_and_a_model_of_their_own():
     @analyzer(returns=NORM)
     def distance(model_a, model_b):
