@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ from dynprobe.analyzers._correction_columns import Columns
 from dynprobe.analyzers._correction_model import Classifier
 from dynprobe.analyzers.numerics.box_verifier import Verdict, verify
 from dynprobe.analyzers.numerics.layered_network import Floats
+from dynprobe.analyzers.numerics.polygon_verifier import verify_polygon
+
+_CHUNK = 8192
+"""Points in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,8 @@ def sample_box(
     low, high, index = box_inputs(columns, point, box)
     generator = np.random.default_rng(seed)
     tried = failed = 0
-    chunk = 8192
     while tried < n_samples and time.monotonic() < deadline:
-        n = min(chunk, n_samples - tried)
+        n = min(_CHUNK, n_samples - tried)
         t = generator.random((n, len(index)))
         edge = generator.random((n, 1)) < 0.25
         at_edge = edge & (generator.random((n, len(index))) < generator.random((n, 1)))
@@ -109,6 +113,76 @@ def sample_box(
             t[:corners] = (np.arange(corners)[:, None] >> np.arange(len(index)) % 12) & 1
         points = np.repeat(point[None], n, 0)
         points[:, index] = low + t * (high - low)
+        failed += int((classifier.decides(points) != target).sum())
+        tried += n
+    return tried, failed
+
+
+def polygon_holds(
+    classifier: Classifier,
+    columns: Columns,
+    point: Floats,
+    changing: Sequence[int],
+    vertices: Floats,
+    target: int,
+    margin: float,
+    deadline: float,
+) -> Verdict:
+    """Whether a convex polygon, exactly as reported, is all target with the margin: as `holds`.
+
+    Args:
+        classifier: Whose decisions are meant.
+        columns: What the report shows.
+        point: The input with this correction's category, (n_inputs,).
+        changing: The two reported columns.
+        vertices: In the features' own units, (n, 2).
+        target: The class.
+        margin: Least output that counts.
+        deadline: As `time.monotonic()` gives it.
+    """
+    chosen = list(changing)
+    inputs = (vertices - columns.offset[chosen]) / columns.scale[chosen]
+    low, high = inputs.min(0), inputs.max(0)
+    width = np.where(high > low, high - low, 1.0)
+    index = columns.index[chosen].tolist()
+    network = classifier.margins(target).restricted(point, index, low, low + width)
+    return verify_polygon(network, (inputs - low) / width, margin, deadline=deadline)
+
+
+def sample_polygon(
+    classifier: Classifier,
+    columns: Columns,
+    point: Floats,
+    changing: Sequence[int],
+    vertices: Floats,
+    target: int,
+    n_samples: int,
+    seed: int,
+    deadline: float,
+) -> tuple[int, int]:
+    """As `sample_box`, for a convex polygon (n, 2) in two features."""
+    chosen = list(changing)
+    generator = np.random.default_rng(seed)
+    tried = failed = 0
+    while tried < n_samples and time.monotonic() < deadline:
+        n = min(_CHUNK, n_samples - tried)
+        # mixtures of three vertices; a quarter of them of two that are neighbours, on an edge
+        first = generator.integers(0, len(vertices), n)
+        others = generator.integers(0, len(vertices), (2, n))
+        shares = generator.dirichlet(np.ones(3), n)
+        edge = generator.random(n) < 0.25
+        others[0][edge] = (first[edge] + 1) % len(vertices)
+        shares[edge, 2] = 0.0
+        shares /= shares.sum(1, keepdims=True)
+        mixed = (
+            shares[:, :1] * vertices[first]
+            + shares[:, 1:2] * vertices[others[0]]
+            + shares[:, 2:] * vertices[others[1]]
+        )
+        if not tried:
+            mixed[: len(vertices)] = vertices[:n]
+        points = np.repeat(point[None], n, 0)
+        points[:, columns.index[chosen]] = (mixed - columns.offset[chosen]) / columns.scale[chosen]
         failed += int((classifier.decides(points) != target).sum())
         tried += n
     return tried, failed

@@ -42,8 +42,8 @@ class Columns:
 
     def shown(self, point: Floats) -> Floats:
         """Values of an input (n_inputs,), shape (n_reported,)."""
-        values = self.offset + self.scale * point[self.index]
-        return np.where(self.whole, np.round(values) + 0.0, values)  # and no negative zero
+        values: Floats = np.asarray(self.offset + self.scale * point[self.index])
+        return np.asarray(np.where(self.whole, np.round(values) + 0.0, values))  # and no negative zero
 
     def inputs(self, shown: Floats) -> Floats:
         """The inverse: entries of the input."""

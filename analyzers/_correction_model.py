@@ -46,6 +46,15 @@ class Classifier:
         self.shape = tuple(inputs.shape[1:])
         self._like = inputs[:1]
         try:
+            with torch.inference_mode():
+                call(model, inputs[:1])
+        except Exception as error:
+            shape = tuple(inputs.shape[1:])
+            raise OptionError(
+                f"the model does not take these inputs, of shape {shape}: {str(error).splitlines()[0]}",
+                "Do --data and --model belong together?",
+            ) from error
+        try:
             self._extracted = extract(model, inputs[:1], check=inputs[:64])
         except UnsupportedNetwork as error:
             raise OptionError(

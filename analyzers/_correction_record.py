@@ -56,6 +56,8 @@ class Record:
     corrected: Floats = field(default_factory=lambda: np.empty(0))
     box_low: Floats = field(default_factory=lambda: np.empty(0))
     box_high: Floats = field(default_factory=lambda: np.empty(0))
+    allowed_low: Floats = field(default_factory=lambda: np.empty(0))
+    allowed_high: Floats = field(default_factory=lambda: np.empty(0))
     changed: Floats = field(default_factory=lambda: np.empty(0))
     polygon: Floats = field(default_factory=lambda: np.empty((0, 2)))
     margin_map: Floats = field(default_factory=lambda: np.empty((0, 0)))
@@ -63,7 +65,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("nearest", "corrected", "box_low", "box_high"):
+        for name in ("nearest", "corrected", "box_low", "box_high", "allowed_low", "allowed_high"):
             if not getattr(self, name).size:
                 setattr(self, name, np.full(len(self.value), NAN))
         if not self.changed.size:

@@ -132,6 +132,7 @@ def judge_all(
     values = stacked(records) | _facts(call, judge.columns, chosen, names, error)
     if call.transfer:
         values["other"] = np.array(list(others), dtype=object)
+        values.setdefault("transfer", np.full((len(points), len(others)), math.nan))
     if len(classifier.shape) > 1 and points.shape[1] <= _LARGEST_IMAGE:
         values |= {"input": points.astype(np.float32), "input_shape": np.array(classifier.shape)}
     values |= counted(records, call.settings.tolerance)
@@ -175,6 +176,8 @@ def _facts(
         "feature_weight": np.concatenate([table.weight, weights]),
         "stability": np.concatenate([table.stability, np.zeros(n_more)]),
         "feature_index": columns.index,
+        "direction": np.concatenate([table.direction, np.zeros(n_more, np.int64)]),
+        "max_changed": call.max_changed,
         "rounding_error": error,
     }
 

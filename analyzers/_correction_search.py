@@ -136,7 +136,8 @@ class Solver:
             self._take(Bounds(excluded, math.inf), "interval bounds")
             if excluded >= cutoff:
                 return
-            self._look(now + 0.5 * share)
+            if not (self.judgement.is_stable and is_too_large(self.judgement)):  # which nothing could verify
+                self._look(now + 0.5 * share)
             self._solve(0.5 * share, tolerance)
         elif few and self._branching is not None and not self._tried_milp:
             # what is still open after a turn may be one of the few that branching is slow on

@@ -11,7 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from dynprobe.analyzers._correction_boxes import ReportedBox, holds, overlap, sample_box
+from dynprobe.analyzers._correction_boxes import (
+    ReportedBox,
+    holds,
+    overlap,
+    polygon_holds,
+    sample_box,
+    sample_polygon,
+)
 from dynprobe.analyzers._correction_columns import Columns
 from dynprobe.analyzers._correction_features import FeatureTable
 from dynprobe.analyzers._correction_model import Classifier
@@ -105,6 +112,7 @@ class Judge:
         """
         start = time.monotonic()
         record = Record(self.columns.shown(point), decided, margin=self.rules.margin)
+        record.allowed_low, record.allowed_high = self._allowed(point)
         if before is not None and before.box.is_known:
             record.previous_holds = self._holds_here(point, before.box, before.target)
         if decided in targets:
@@ -133,6 +141,12 @@ class Judge:
         if self.others:
             record.transfer = np.array([self._holds_at(other, point, box, record) for other in self.others])
         return record
+
+    def _allowed(self, point: Floats) -> tuple[Floats, Floats]:
+        """The allowed range of every reported column for one input; categories are 0 or 1."""
+        low, high = domain(self._table, point)
+        n_more = len(self.columns.names) - len(low)
+        return np.concatenate([low, np.zeros(n_more)]), np.concatenate([high, np.ones(n_more)])
 
     # The search
 
@@ -263,9 +277,14 @@ class Judge:
                 judgement, centre, found.low, found.high, deadline=deadline + 1, tolerance=0.05
             )
             vertices = np.stack([shown_of(self._table, way, vertex) for vertex in polygon.vertices])
-            record.polygon = vertices[:PADDING]
-            if np.isfinite(polygon.area):  # not where one of the features cannot move
+            shape = self.classifier, self.columns, way.point, way.columns, vertices, way.target
+            if polygon_holds(*shape, self._verified, deadline + 2).holds:
+                record.polygon = vertices[:PADDING]
                 record.volume, record.volume_bound = polygon.area, polygon.area_bound
+                tried, failed = sample_polygon(*shape, settings.n_sampled, settings.seed, deadline + 3)
+                record.n_sampled, record.sampled_failures = float(tried), float(failed)
+            else:
+                record.notes.append("a polygon was left out: it was not verified as reported")
         tried, failed = sample_box(
             self.classifier,
             self.columns,
@@ -276,7 +295,8 @@ class Judge:
             settings.seed,
             start + settings.budget * _SAMPLED + 1,
         )
-        record.n_sampled, record.sampled_failures = float(tried), float(failed)
+        record.n_sampled = np.nan_to_num(record.n_sampled) + float(tried)
+        record.sampled_failures = np.nan_to_num(record.sampled_failures) + float(failed)
 
     def _reported(self, way: Way, low: Floats, high: Floats) -> ReportedBox:
         own = self.columns.shown(way.point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from dynprobe.analyzers import InputFile, Measurement, Range, Var, analyzer
 from dynprobe.analyzers._correction_features import read_features
 from dynprobe.analyzers._correction_record import OUTCOMES
 from dynprobe.analyzers._correction_run import Call, judge_all
+from dynprobe.analyzers._correction_samples import USUAL
 from dynprobe.analyzers._correction_ways import most_changed
 from dynprobe.analyzers._corrections import Settings
 from dynprobe.analyzers._corrections_figure import draw_corrections
@@ -63,12 +65,16 @@ RETURNS = {
     "corrected": _of_feature("Nearest stable correction"),
     "box_low": _of_feature("Lower end of the box of corrections"),
     "box_high": _of_feature("Upper end of the box of corrections"),
+    "allowed_low": _of_feature("Least allowed value: of the range, or the judged value below it"),
+    "allowed_high": _of_feature("Largest allowed value: of the range, or the judged value above it"),
     "changed": Var(("sample", "feature"), "", "Whether this correction may change the feature"),
     "feature_low": Var(("feature",), "the feature's", "Least allowed value"),
     "feature_high": Var(("feature",), "the feature's", "Largest allowed value"),
     "feature_weight": Var(("feature",), "per unit of the feature", "Cost of a change"),
     "stability": Var(("feature",), "the feature's", "Half-width in which a stable correction holds"),
     "feature_index": Var(("feature",), "", "Position in the flattened input"),
+    "direction": Var(("feature",), "", "1: may only grow, -1: only shrink, 0: both"),
+    "max_changed": Var((), "", "How many features may change at once"),
     "rounding_error": Var((), "", "Largest measured difference of the model from the analysed layers"),
     "polygon": Var(("sample", "vertex", "axis"), "the feature's", "Vertices of the polygon", optional=True),
     "margin_map": Var(
@@ -103,8 +109,19 @@ def _fixed_target(options: Mapping[str, Any]) -> bool:
 
 
 def _cost(options: Mapping[str, Any], n_checkpoints: int) -> dict[str, int]:
-    del n_checkpoints, options
-    return {"forwards": 1}
+    """What can be said before the samples are chosen: how many there are, and the limit that they have."""
+    del n_checkpoints
+    one, several = str(options.get("sample", "")), str(options.get("samples", ""))
+    if one or "," in several:
+        n_judged = len([part for part in (one or several).split(",") if part.strip()])
+    elif several.isdecimal() or not several:
+        n_judged = int(several or USUAL)
+    else:
+        return {}
+    return {
+        "judgements": n_judged,
+        "seconds at most": math.ceil(n_judged * float(options.get("budget", 10.0))),
+    }
 
 
 @analyzer(
@@ -148,11 +165,11 @@ def corrections(
 
     A correction changes chosen features of an input so that the network decides for the target; its distance
     is Σ w_i |d_i| with w_i = 1/range_i (or the largest term). It is stable if every input within ± the
-    stability decides so too. Around the nearest stable correction the largest box is found in which all
-    inputs decide for the target. Distances are enclosed in [lower_bound, distance], and the volume of the box
-    in [volume, volume_bound]: found by branch and bound with linear bounds of the network (CROWN), by a MILP
-    where many features may change, and numerically verified: in float64, with a margin above the measured
-    rounding error of the model.
+    stability, and within the allowed values, decides so too. Around the nearest stable correction the largest
+    box is found in which all inputs decide for the target. Distances are enclosed in [lower_bound, distance],
+    and the volume of the box in [volume, volume_bound]: found by branch and bound with linear bounds of the
+    network (CROWN), by a MILP where many features may change, and numerically verified: in float64, with a
+    margin above the measured rounding error of the model.
 
     Outcomes: optimal (within the tolerance), bounded (found, the gap is open), none_exists (within the
     printed ranges, numerically verified), timeout (neither found nor excluded), unsupported, already_target.

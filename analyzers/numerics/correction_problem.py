@@ -12,6 +12,21 @@ from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork
 Norm = Literal["l1", "linf"]
 
 
+def grid_slack(low: Floats, high: Floats, step: Floats, origin: Floats) -> Floats:
+    """Part of a step, (k,), by which a computed place on a grid may miss the value that it stands for.
+
+    Of an origin far away, or of many small steps, rounding leaves more.
+
+    Args:
+        low: Least value, (k,).
+        high: Largest value, (k,).
+        step: Distance of the values of the grid, (k,), positive.
+        origin: One of them, (k,).
+    """
+    rounding = 8 * np.finfo(np.float64).eps * np.maximum(np.abs(low - origin), np.abs(high - origin))
+    return np.asarray(np.minimum(1e-9 + rounding / step, 0.25))
+
+
 @dataclass(frozen=True)
 class Judgement:
     """Which changes are allowed, what they cost, and when they are a correction.
@@ -50,6 +65,39 @@ class Judgement:
         return len(self.start)
 
     @property
+    def whole(self) -> np.ndarray:
+        """Which features are integers, (k,)."""
+        if self.spacing is None or self.origin is None:
+            return np.zeros(self.n_features, bool)
+        return np.asarray(self.spacing > 0)
+
+    @property
+    def step(self) -> Floats:
+        """Distance between the allowed values of integer features, (k,); 1 for all others."""
+        return np.ones(self.n_features) if self.spacing is None else np.where(self.whole, self.spacing, 1.0)
+
+    @property
+    def slack(self) -> Floats:
+        """Part of a step by which a computed value may miss an allowed one, (k,)."""
+        origin = np.zeros(self.n_features) if self.origin is None else self.origin
+        return grid_slack(self.low, self.high, self.step, origin)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether every feature has an allowed value at all."""
+        low, high = self.allowed(self.low, self.high)
+        return bool((low <= high).all())
+
+    def allowed(self, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+        """The least and the largest allowed value in [low, high], (…, k) each; low > high where none is."""
+        if self.spacing is None or self.origin is None:
+            return low, high
+        step, origin, slack = self.step, self.origin, self.slack
+        first = origin + step * np.ceil((low - origin) / step - slack)
+        last = origin + step * np.floor((high - origin) / step + slack)
+        return np.where(self.whole, first, low), np.where(self.whole, last, high)
+
+    @property
     def is_stable(self) -> bool:
         """Whether more than a point is asked for."""
         return bool((self.radius > 0).any())
@@ -71,11 +119,8 @@ class Judgement:
         """Points (…, k) with integer features at the nearest allowed value within the domain."""
         if self.spacing is None or self.origin is None:
             return np.clip(points, self.low, self.high)
-        step = np.where(self.spacing > 0, self.spacing, 1.0)
-        first = np.ceil((self.low - self.origin) / step - 1e-9)
-        last = np.floor((self.high - self.origin) / step + 1e-9)
-        whole = self.origin + step * np.clip(np.round((points - self.origin) / step), first, last)
-        return np.where(self.spacing > 0, whole, np.clip(points, self.low, self.high))
+        nearest = self.origin + self.step * np.round((points - self.origin) / self.step)
+        return np.clip(np.where(self.whole, nearest, points), *self.allowed(self.low, self.high))
 
     def for_points(self) -> Judgement:
         """The same judgement with nothing asked of the surroundings."""

@@ -187,6 +187,8 @@ def nearest_by_heuristic(judgement: Judgement, *, deadline: float, seed: int) ->
         deadline: As `time.monotonic()` gives it; what was found until then is returned.
         seed: Of the random starts.
     """
+    if not judgement.is_possible:
+        return None
     generator = np.random.default_rng(seed)
     best: Floats | None = None
     raised = 0.0
@@ -225,8 +227,12 @@ def _stable_from(
 ) -> tuple[Floats | None, float]:
     """Climb to the margin and beyond it, until the box around the point is verified."""
     for _ in range(8):
-        climb = _climb_few if judgement.norm == "l1" else _climb_all
-        point = climb(judgement, start, judgement.margin + raised, deadline)
+        point = None
+        if judgement.norm == "l1":
+            now = time.monotonic()
+            point = _climb_few(judgement, start, judgement.margin + raised, now + (deadline - now) / 2)
+        if point is None:  # what no few features reach, all of them may; needless changes are dropped later
+            point = _climb_all(judgement, start, judgement.margin + raised, deadline)
         if point is None:
             return None, raised / 2
         if _certain(judgement, point, deadline):

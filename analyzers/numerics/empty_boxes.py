@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dynprobe.analyzers.numerics.correction_problem import grid_slack
 from dynprobe.analyzers.numerics.layered_network import Floats
 
 
@@ -70,6 +71,8 @@ class EmptyBoxes:
         self._size = np.where(self._wide, high - low, 1.0)
         self._spacing = np.zeros(k) if spacing is None or origin is None else spacing
         self._origin = np.zeros(k) if origin is None else origin
+        self._step = np.where(self._spacing > 0, self._spacing, 1.0)
+        self._slack = grid_slack(low, high, self._step, self._origin)
         self._count = itertools.count()
         self._queue: list[tuple[float, int, BoxRange]] = []
         self._points = np.empty((16, k))
@@ -95,9 +98,9 @@ class EmptyBoxes:
         self, low: Floats, high: Floats, inner_low: Floats, inner_high: Floats
     ) -> tuple[Floats, Floats]:
         """The largest box within another whose faces have allowed values, or those of the inner box."""
-        step = np.where(self._spacing > 0, self._spacing, 1.0)
-        first = self._origin + step * np.ceil((low - self._origin) / step - 1e-9)
-        last = self._origin + step * np.floor((high - self._origin) / step + 1e-9)
+        step, slack = self._step, self._slack
+        first = self._origin + step * np.ceil((low - self._origin) / step - slack)
+        last = self._origin + step * np.floor((high - self._origin) / step + slack)
         return (
             np.where(self._spacing > 0, np.minimum(first, inner_low), low),
             np.where(self._spacing > 0, np.maximum(last, inner_high), high),
@@ -185,7 +188,7 @@ class EmptyBoxes:
         if step <= 0:
             return float(np.nextafter(value, -np.inf if above else np.inf))
         sign, origin = (1.0 if above else -1.0), float(self._origin[feature])
-        grid = origin + sign * step * np.floor(sign * (value - origin) / step + 1e-9)
+        grid = origin + sign * step * np.floor(sign * (value - origin) / step + self._slack[feature])
         if sign * (grid - value) >= 0:
             grid -= sign * step
         nearest: Callable[[float, float], float] = max if above else min
@@ -197,5 +200,5 @@ class EmptyBoxes:
         if step <= 0:
             return value
         sign, origin = (1.0 if above else -1.0), float(self._origin[feature])
-        grid = origin + sign * step * np.floor(sign * (value - origin) / step + 1e-9)
+        grid = origin + sign * step * np.floor(sign * (value - origin) / step + self._slack[feature])
         return float(grid if sign * (grid - value) >= 0 else grid + sign * step)

@@ -66,6 +66,9 @@ class NearestSearch:
         self._distance = np.inf
         self._centre: Floats | None = None
         self._bad = np.empty((0, judgement.n_features))
+        if not judgement.is_possible:
+            self._seeds = None
+            return
         self._push(*_to_allowed(judgement, judgement.low[:, None], judgement.high[:, None]), np.zeros(1))
 
     @property
@@ -282,20 +285,14 @@ class NearestSearch:
 
 def _to_allowed(judgement: Judgement, low: Floats, high: Floats) -> tuple[Floats, Floats]:
     """Shrink boxes (k, n) to the allowed values of integer features; low > high where there are none."""
-    if judgement.spacing is None or judgement.origin is None:
-        return low, high
-    whole = judgement.spacing[:, None] > 0
-    step, origin = np.where(whole, judgement.spacing[:, None], 1.0), judgement.origin[:, None]
-    first = origin + step * np.ceil((low - origin) / step - 1e-9)
-    last = origin + step * np.floor((high - origin) / step + 1e-9)
-    return np.where(whole, first, low), np.where(whole, last, high)
+    first, last = judgement.allowed(low.T, high.T)
+    return first.T, last.T
 
 
 def _between_allowed(judgement: Judgement, values: Floats, features: np.ndarray) -> Floats:
     """Where to split boxes: for integer features between two allowed values."""
     if judgement.spacing is None or judgement.origin is None:
         return values
-    spacing, origin = judgement.spacing[features], judgement.origin[features]
-    step = np.where(spacing > 0, spacing, 1.0)
-    between = origin + step * (np.floor((values - origin) / step + 1e-9) + 0.5)
-    return np.where(spacing > 0, between, values)
+    step, origin, slack = judgement.step[features], judgement.origin[features], judgement.slack[features]
+    between = origin + step * (np.floor((values - origin) / step + slack) + 0.5)
+    return np.where(judgement.whole[features], between, values)

@@ -27,6 +27,8 @@ _SHORTEST = 0.01
 # Non-zero coefficients beyond which the solver does without simplifying the program first: that may take
 # seconds without a look at the clock.
 _SIMPLIFY = 30_000
+# Smaller coefficients the solver drops without a word (below 1e-9), and with larger ones it errs.
+_LEAST_COEFFICIENT, _MOST_COEFFICIENT = 1e-8, 1e8
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,31 @@ class Solution:
     n_nodes: int
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """Values base + unit * variable: variables of moderate size whatever the size of the values.
+
+    Args:
+        columns: Of the variables, (k,).
+        unit: (k,).
+        base: (k,).
+    """
+
+    columns: Indices
+    unit: Floats
+    base: Floats
+
+    def of(self, values: Floats) -> Floats:
+        """The values, (k,), in a solution (n_variables,)."""
+        return np.asarray(self.base + self.unit * values[self.columns])
+
+
 class Program:
-    """Variables, rows and costs of a mixed-integer linear program, to be minimised."""
+    """Variables, rows and costs of a mixed-integer linear program, to be minimised.
+
+    The solver takes coefficients and errors as absolute, so that variables and rows should be of the order
+    of one.
+    """
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -70,6 +95,11 @@ class Program:
     def n_entries(self) -> int:
         """How many coefficients are not zero."""
         return sum(len(entry[2]) for entry in self._entries)
+
+    @property
+    def is_moderate(self) -> bool:
+        """Whether all coefficients are of a size that the solver can deal with."""
+        return all(np.abs(entry[2]).max(initial=0.0) <= _MOST_COEFFICIENT for entry in self._entries)
 
     def variables(
         self, low: Floats, high: Floats, *, cost: Floats | float = 0.0, integer: bool = False
@@ -131,7 +161,7 @@ class Program:
         if raised is not None:
             row_low[raised[0]] += raised[1]
         is_linear = fixed is not None or not integer.any()
-        constraint = LinearConstraint(self._matrix(), row_low, np.concatenate(self._row_high))
+        constraint = self._constraint(row_low, np.concatenate(self._row_high))
         options = {
             "time_limit": max(deadline - time.monotonic(), _SHORTEST),
             "mip_rel_gap": gap,
@@ -153,9 +183,18 @@ class Program:
             int(found.get("mip_node_count") or 0),
         )
 
-    def _matrix(self) -> Any:
+    def _constraint(self, row_low: Floats, row_high: Floats) -> LinearConstraint:
+        """All rows, without tiny coefficients: by as much as these can matter, the rows are relaxed."""
         i, j, values = (np.concatenate([entry[a] for entry in self._entries]) for a in range(3))
-        return sparse.csr_array((values, (i, j)), shape=(self.n_rows, self.n_variables))
+        tiny = np.abs(values) < _LEAST_COEFFICIENT
+        if tiny.any():
+            low, high = np.concatenate(self._low), np.concatenate(self._high)
+            ends = values[tiny] * low[j[tiny]], values[tiny] * high[j[tiny]]
+            row_low = row_low - np.bincount(i[tiny], np.maximum(*ends), self.n_rows)
+            row_high = row_high - np.bincount(i[tiny], np.minimum(*ends), self.n_rows)
+            i, j, values = i[~tiny], j[~tiny], values[~tiny]
+        matrix: Any = sparse.csr_array((values, (i, j)), shape=(self.n_rows, self.n_variables))
+        return LinearConstraint(matrix, row_low, row_high)
 
 
 @contextmanager
@@ -188,17 +227,18 @@ def unstable(activation: Activation, least: Floats, most: Floats) -> np.ndarray:
 
 
 def add_network(
-    program: Program, network: LayeredNetwork, inputs: Indices, neurons: Neurons
+    program: Program, network: LayeredNetwork, inputs: Scaled, neurons: Neurons
 ) -> tuple[Indices, Floats, Floats]:
     """Add a copy of a network and give its outputs as `matrix @ values[columns] + constant`.
 
     Only neurons that may change their slope become variables, one binary each. All others are linear in these
-    and are substituted, so that their number does not count.
+    and are substituted, so that their number does not count. Each variable is a neuron over the largest size
+    that it may have: what it computes is the same, whatever the size of the weights before and after it.
 
     Args:
         program: Gets the variables and rows.
         network: With k inputs and r outputs.
-        inputs: Columns of its inputs, (k,).
+        inputs: Its k inputs.
         neurons: Bounds of its hidden neurons.
 
     Returns:
@@ -210,9 +250,10 @@ def add_network(
         if layer.activation
     ]
     masks = [unstable(*entry) for entry in hidden]
-    k = len(inputs)
-    columns = np.concatenate([inputs, np.empty(sum(int(mask.sum()) for mask in masks), np.intp)])
-    forms = [(np.eye(k, len(columns)), np.zeros(k))]
+    k = len(inputs.columns)
+    n_bent = sum(int(mask.sum()) for mask in masks)
+    columns = np.concatenate([inputs.columns, np.empty(n_bent, np.intp)])
+    forms = [(inputs.unit[:, None] * np.eye(k, len(columns)), inputs.base)]
     n = k
     for i, ((activation, least, most), mask) in enumerate(zip(hidden, masks, strict=True)):
         matrix, constant = _affine(network, i, forms)
@@ -220,8 +261,8 @@ def add_network(
         form, offset = slope[:, None] * matrix, slope * constant
         if m := int(mask.sum()):
             bent = matrix[mask, :n], constant[mask], least[mask], most[mask], activation.of(mask)
-            columns[n : n + m] = _add_bent(program, columns[:n], *bent)
-            form[mask], offset[mask] = np.eye(m, len(columns), n), 0.0
+            columns[n : n + m], unit = _add_bent(program, columns[:n], *bent)
+            form[mask], offset[mask] = unit[:, None] * np.eye(m, len(columns), n), 0.0
             n += m
         forms.append((form, offset))
     return columns, *_affine(network, len(hidden), forms)
@@ -245,24 +286,31 @@ def _add_bent(
     least: Floats,
     most: Floats,
     activation: Activation,
-) -> Indices:
-    """Neurons x = σ(z) of z in [least, most] around zero, with a binary d that is 1 for z ≥ 0.
+) -> tuple[Indices, Floats]:
+    """Neurons σ(z) of z in [least, most] around zero, with a binary d that is 1 for z ≥ 0.
 
     For a convex σ: x ≥ below z, x ≥ above z, x ≤ below z + (above - below) most d and
-    x ≤ above z - (above - below) least (1 - d); the other way round for a concave one.
+    x ≤ above z - (above - below) least (1 - d); the other way round for a concave one. All that holds as well
+    of z and x over any positive numbers.
+
+    Returns:
+        Columns of the neurons over their units, and these, (n,).
     """
     n = len(constant)
     one = np.ones(n)
-    below, above = activation.below, activation.above
+    size = np.maximum(-least, most)
+    steepness = np.maximum(np.abs(activation.below), np.abs(activation.above))
+    least, most = least / size, most / size
+    below, above = activation.below / steepness, activation.above / steepness
     ends = np.stack([below * least, above * most, np.zeros(n)])
     z = program.variables(least, most)
     x = program.variables(ends.min(0), ends.max(0))
     d = program.variables(np.zeros(n), one, integer=True)
-    program.rows(-constant, -constant, (columns, matrix), (z, -one), n=n)
+    program.rows(-constant / size, -constant / size, (columns, matrix / size[:, None]), (z, -one), n=n)
     sign = np.where(above > below, one, -one)
     bend = np.abs(above - below)
     program.rows(0.0, np.inf, (x, sign), (z, -sign * below), n=n)
     program.rows(0.0, np.inf, (x, sign), (z, -sign * above), n=n)
     program.rows(-np.inf, 0.0, (x, sign), (z, -sign * below), (d, -bend * most), n=n)
     program.rows(-np.inf, -bend * least, (x, sign), (z, -sign * above), (d, -bend * least), n=n)
-    return x
+    return x, size * steepness

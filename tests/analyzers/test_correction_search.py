@@ -29,7 +29,7 @@ from dynprobe.analyzers._correction_columns import Columns
 from dynprobe.analyzers._correction_features import read_features
 from dynprobe.analyzers._correction_model import Classifier
 from dynprobe.analyzers._correction_record import Record, counted
-from dynprobe.analyzers._correction_search import Found, Way, nearest
+from dynprobe.analyzers._correction_search import Found, nearest
 from dynprobe.analyzers._correction_ways import Rules, domain, most_changed, shown_of, units_of, ways_of
 from dynprobe.analyzers.core.contract import declaration_of
 from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, measure
@@ -176,11 +176,11 @@ def test_what_one_look_excludes_is_excluded_by_linear_bounds():
     assert (found.lower, found.solver) == (math.inf, "linear bounds")
 
 
-def test_too_many_subsets_are_refused_with_their_number():
-    model, data = random_net([30, 4, 2], 0), Data(square(k=30))
-    rules, classifier = setting(model, data, max_changed=4)
-    with pytest.raises(OptionError, match="31,930"):
-        ways_of(rules, classifier, data[0][0][0].numpy(), [1])
+def test_too_many_ways_are_refused_with_their_number():
+    model, data = random_net([30, 4, 3], 0), Data(square(k=30))
+    rules, classifier = setting(model, data, max_changed=5)
+    with pytest.raises(OptionError, match="174,436 ways, times 2 classes"):
+        ways_of(rules, classifier, data[0][0][0].numpy(), [1, 2])
 
 
 @pytest.mark.parametrize(("k", "asked", "most"), [(3, 0, 3), (5, 0, 5), (6, 0, 2), (150, 0, 150), (9, 3, 3)])
@@ -217,7 +217,7 @@ def test_a_category_adds_to_the_distance_or_is_its_floor(norm, total, left):
     model, data = random_net([2, 4, 2], 0), Data(square())
     rules, classifier = setting(model, data, norm=norm)
     (way,) = ways_of(rules, classifier, data[0][0][0].numpy(), [1])
-    way = Way(way.columns, way.judgement, way.point, 0.4, 1)
+    way = replace(way, base=0.4)
     assert way.total(0.3 if norm == "l1" else 0.2) == pytest.approx(total)
     assert way.remaining(0.6) == pytest.approx(left)
     assert way.remaining(0.1) < 0

@@ -115,14 +115,14 @@ def test_only_options_that_may_be_replaced_can_be_had_in_ones_own_way():
     assert parameters["samples"].default == "few"
 
     @analyzer(returns={"norm": Var()})
-    def clash(batches, *, device: str = ""):
+    def clash(batches, *, batch_size: int = 1):
         """Clash.
 
         Args:
-            device: Where.
+            batch_size: How many.
         """
 
-    with pytest.raises(TypeError, match="'device' is shared by all analyzers"):
+    with pytest.raises(TypeError, match="'batch_size' is shared by all analyzers"):
         command(declaration_of(clash))
 
 
