@@ -22,6 +22,7 @@ from dynprobe.analyzers._correction_feature_names import (
     FeatureNames,
     Given,
     input_names,
+    listed,
     read_given,
 )
 from dynprobe.analyzers._correction_feature_table import WHOLE, FeatureTable, Floats, OneHot
@@ -67,10 +68,17 @@ def read_features(
     """
     names = feature_names(batches)
     file = read_feature_file(feature_file, names)
-    facts = _Facts(
-        names, file, read_given(ranges, names, "ranges"), read_given(stability, names, "stability")
-    )
+    given = {"ranges": read_given(ranges, names, "ranges")}
+    given["stability"] = read_given(stability, names, "stability")
+    facts = _Facts(names, file, given["ranges"], given["stability"])
     chosen = choose_features(features, names, file)
+    for option, values_of in given.items():
+        if values_of.of and not set(values_of.of) & set(chosen.columns):
+            raise OptionError(
+                f"{option} {listed([names.names[column] for column in values_of.of], 4)}: not among the "
+                "features that may change.",
+                "Add it to --features, or leave it out.",
+            )
     offset, scale = _conversion(batches, len(names), file)
     columns = [*chosen.columns, *(column for group in chosen.groups for column in group.columns)]
     values = dict(zip(columns, _columns(batches, columns, names).T, strict=True))

@@ -23,8 +23,10 @@ from dynprobe.analyzers.numerics.layered_network import Floats
 from dynprobe.analyzers.numerics.linear_bounds import LinearBounds
 from dynprobe.analyzers.numerics.network_milp import Solution
 
-# The solver holds rows and integers to 1e-6: its bounds are trusted to that much.
+# The solver holds rows and integers to 1e-6: its bounds are trusted to that much of the domain's size.
 _SOLVER_ERROR = 1e-6
+# A correction that is nearer than what was excluded, by a larger part, shows that the solver erred.
+_CONTRADICTION = 1e-5
 _BISECTIONS = 8
 # Parts of a box that a verification may look at; less where an attempt is one of several.
 _VERIFY_BOXES, _TRY_BOXES = 50_000, 3_000
@@ -38,7 +40,8 @@ def nearest_by_milp(judgement: Judgement, *, known: Bounds, deadline: float, tol
     """Bound the distance of the nearest (stable) correction with the solver HiGHS.
 
     Everything that the solver returns is checked: points with the network itself, stable ones by verifying
-    their whole box. Its bounds hold up to its tolerances, 1e-6.
+    their whole box. Its bounds hold up to its tolerances, 1e-6 of the distance looked at; where it is seen to
+    err, as a correction is nearer than its bound, nothing that it said counts.
 
     Args:
         judgement: What is asked for; what is known is returned if its network is smooth, and hardly more if
@@ -56,7 +59,7 @@ def nearest_by_milp(judgement: Judgement, *, known: Bounds, deadline: float, tol
     search.exclude_at_once()
     while not search.best.closed(tolerance) and time.monotonic() < deadline and search.step():
         pass
-    return search.best
+    return known if search.has_erred else search.best
 
 
 def n_binaries(judgement: Judgement, *, within: float = np.inf) -> int:
@@ -78,6 +81,7 @@ class _Search:
         self.best = known
         self._offsets = [np.zeros(judgement.n_features)]
         self._is_first = judgement.is_stable
+        self.has_erred = False
         low, high, start = judgement.low, judgement.high, judgement.start
         self._furthest = float(judgement.distance(np.where(high - start > start - low, high, low)))
 
@@ -111,10 +115,14 @@ class _Search:
         gap = _FIRST_GAP if self._is_first else self.tolerance / 2
         solution = model.program.solve(deadline=self.deadline, gap=gap)
         self.best = replace(self.best, n_boxes=self.best.n_boxes + solution.n_nodes)
+        bound = within if solution.infeasible else min(solution.bound * domain.unit, within)
+        if bound > self.best.lower and model.contradicts(bound):
+            self.has_erred = True
+            return False
         if solution.infeasible:
             return self._nothing(within, nearer)
-        self._raise(min(solution.bound, within))
-        return solution.values is not None and self._use(model, solution)
+        self._raise(bound, within)
+        return not self.has_erred and solution.values is not None and self._use(model, solution)
 
     def _is_excluded(self, bounds: LinearBounds) -> bool:
         return bool((bounds.high < self.judgement.margin).any())
@@ -123,13 +131,17 @@ class _Search:
         if within >= self._furthest and self.best.centre is None and self.best.upper == np.inf:
             self.best = replace(self.best, lower=np.inf)
         else:
-            self._raise(within)
-        return within < nearer
+            self._raise(within, within)
+        return within < nearer and not self.has_erred
 
-    def _raise(self, lower: float) -> None:
+    def _raise(self, lower: float, within: float) -> None:
         if np.isfinite(lower):
-            safe = lower - _SOLVER_ERROR * (1 + lower)
-            self.best = replace(self.best, lower=min(max(self.best.lower, safe), self.best.upper))
+            safe = max(self.best.lower, lower - _SOLVER_ERROR * (within + lower))
+            self._expect(self.best.upper, safe)
+            self.best = replace(self.best, lower=min(safe, self.best.upper))
+
+    def _expect(self, upper: float, lower: float) -> None:
+        self.has_erred |= lower > upper * (1 + _CONTRADICTION)
 
     def _use(self, model: Model, solution: Solution) -> bool:
         """Take the centre if it holds, else the offset at which it does not; whether that is news."""
@@ -140,13 +152,13 @@ class _Search:
             # That the centre itself holds is seldom what decides once an offset is known.
             self._offsets = [offset] if was_first else [*self._offsets, offset]
             return True
-        return was_first or self.best.upper < upper
+        return (was_first or self.best.upper < upper) and not self.has_erred
 
     def _judge(self, model: Model, solution: Solution) -> Floats | None:
         """The offset at which the centre of a solution fails; better ones nearby are kept."""
         judgement = self.judgement
         centres = model.centres(solution, self.deadline)
-        centre = next((c for c in centres if model.holds(c)), None)
+        centre = next((c for c in centres if model.holds(c[None])[0]), None)
         if centre is None:
             return None
         verdict = self._verdict(centre, _VERIFY_BOXES)
@@ -174,6 +186,7 @@ class _Search:
     def _keep(self, centre: Floats) -> None:
         distance = float(self.judgement.distance(centre))
         if distance < self.best.upper:
+            self._expect(distance, self.best.lower)
             lower = min(self.best.lower, distance)
             self.best = replace(self.best, lower=lower, upper=distance, centre=centre)
 

@@ -15,15 +15,26 @@ from scipy import sparse
 from dynprobe.analyzers.numerics.correction_problem import Judgement
 from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork
 from dynprobe.analyzers.numerics.linear_bounds import LinearBounds, bound
-from dynprobe.analyzers.numerics.network_milp import Indices, Program, Solution, add_network, unstable
+from dynprobe.analyzers.numerics.network_milp import (
+    Indices,
+    Program,
+    Scaled,
+    Solution,
+    add_network,
+    unstable,
+)
 
 # Beyond these binaries and non-zero coefficients the solver gets nowhere, and notices late that its time is
 # up; beyond these entries of the affine maps of all neurons, building alone takes long.
 _MOST_BINARIES, _MOST_COEFFICIENTS, _MOST_ENTRIES = 3000, 250_000, 20_000_000
+# Centres that are compared with what the solver claims.
+_N_CHECKED = 512
 # Multiplications that bounding hidden neurons backwards may take, about a second.
 _BACKWARD_COST = 1e10
 # Upper bound of the outputs as the solver sees them.
 _LARGEST_OUTPUT = 100.0
+# Least unit of outputs as a part of what they may be below zero: their coefficients stay moderate.
+_LEAST_OUTPUT = 1e-4
 # By what share of their largest values outputs have to exceed the margin, until a centre holds when computed.
 _EXCESSES = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -46,11 +57,18 @@ class Domain:
 
     @classmethod
     def of(cls, judgement: Judgement, within: float) -> Domain | None:
-        """None where no centre is within that distance."""
+        """None where no allowed centre is within that distance."""
         room = within / judgement.weights
         low = np.maximum(judgement.low, judgement.start - room)
         high = np.minimum(judgement.high, judgement.start + room)
-        return cls(judgement, within, low, high) if (low <= high).all() else None
+        first, last = judgement.allowed(low, high)
+        possible = (low <= high).all() and (first <= last).all()
+        return cls(judgement, within, low, high) if possible else None
+
+    @property
+    def unit(self) -> float:
+        """What distances are measured in, so that the solver's tolerance is small against them."""
+        return self.within if self.within > 0 else 1.0
 
     def ends(self, offset: Floats) -> tuple[Floats, Floats]:
         """Where the points at an offset from the centre may lie, (k,) each."""
@@ -118,27 +136,51 @@ class Model:
     """A program whose solutions are centres at which the network holds at the offsets.
 
     Args:
-        program: Minimises the distance.
+        program: Minimises the distance, in units of the domain.
         domain: Where centres may lie.
         offsets: (k,) each.
-        centre: Columns of the centre, (k,).
+        centre: The centre, (k,).
         outputs: Rows that keep the outputs at the margin.
     """
 
     program: Program
     domain: Domain
     offsets: list[Floats]
-    centre: Indices
+    centre: Scaled
     outputs: Indices
 
     def centre_of(self, values: Floats) -> Floats:
         """The centre (k,) that a solution stands for."""
-        return self.domain.judgement.on_grid(values[self.centre])
+        return self.domain.judgement.on_grid(self.centre.of(values))
 
-    def holds(self, centre: Floats) -> bool:
-        """Whether the network itself holds at all offsets from a centre."""
-        points = np.stack([self.domain.moved(centre, offset) for offset in self.offsets])
-        return bool((self.domain.judgement.values(points) >= self.domain.judgement.margin).all())
+    def holds(self, centres: Floats) -> np.ndarray:
+        """Whether the network itself holds at all offsets from centres (n, k), (n,)."""
+        points = np.concatenate([self.domain.moved(centres, offset) for offset in self.offsets])
+        good = self.domain.judgement.values(points) >= self.domain.judgement.margin
+        return np.asarray(good.reshape(len(self.offsets), -1).all(0))
+
+    def contradicts(self, bound: float) -> bool:
+        """Whether a centre that the solver excludes, nearer than `bound`, holds at all offsets.
+
+        What it claims cannot be proven again at a moderate cost, but a gross error shows at single points.
+        """
+        centres = self._some_centres()
+        near = self.domain.judgement.distance(centres) < bound * (1 - 1e-6)
+        return bool(self.holds(centres[near]).any()) if near.any() else False
+
+    def _some_centres(self) -> Floats:
+        """Some allowed centres, (n, k): random ones, and ones that change one or two features only."""
+        judgement, low, high = self.domain.judgement, self.domain.low, self.domain.high
+        generator = np.random.default_rng(0)
+        k, n = len(low), _N_CHECKED
+        random = low + (high - low) * generator.random((n, k))
+        ends = np.where(generator.random((n, k)) < 0.5, low, high)
+        some = np.where(generator.random((n, 1)) < 0.5, random, ends)
+        few = generator.random((n, k)).argsort(1) < generator.integers(1, 3, (n, 1))
+        start = np.clip(judgement.start, low, high)
+        half = np.arange(n)[:, None] < n // 2
+        changed = np.where(few | half, some, start)
+        return judgement.on_grid(start + generator.random((n, 1)) ** 0.5 * (changed - start))
 
     def centres(self, solution: Solution, deadline: float) -> Iterator[Floats]:
         """Nearest centres with the same linear piece of the network, ever further inside of it."""
@@ -156,7 +198,8 @@ class Model:
 
 
 def build(domain: Domain, offsets: list[Floats], bounds: LinearBounds) -> Model | None:
-    """The program of the nearest centre at which the network holds at all offsets; None if too large.
+    """The program of the nearest centre at which the network holds at all offsets; None if it is too large,
+    or has coefficients too large for the solver.
 
     Args:
         domain: Where centres may lie.
@@ -177,69 +220,91 @@ def build(domain: Domain, offsets: list[Floats], bounds: LinearBounds) -> Model 
         neurons = tuple((least[:, i], most[:, i]) for least, most in bounds.neurons)
         columns, matrix, constant = add_network(program, network, inputs, neurons)
         # in units in which the solver's absolute tolerance is small against a margin
-        unit = np.maximum(np.abs(bounds.high[:, i]), abs(judgement.margin)) / _LARGEST_OUTPUT
+        below = _LEAST_OUTPUT * np.abs(bounds.low[:, i])
+        unit = np.maximum(np.abs(bounds.high[:, i]), np.maximum(abs(judgement.margin), below))
+        unit = np.where(unit > 0, unit, 1.0) / _LARGEST_OUTPUT
         low, rows = (judgement.margin - constant) / unit, matrix / unit[:, None]
         outputs.append(program.rows(low, np.inf, (columns, rows), n=network.n_outputs))
-    if program.n_entries > _MOST_COEFFICIENTS:
+    if program.n_entries > _MOST_COEFFICIENTS or not program.is_moderate:
         return None
     return Model(program, domain, offsets, centre, np.concatenate(outputs))
 
 
-def _add_centre(program: Program, domain: Domain) -> Indices:
+def _add_between(program: Program, low: Floats, high: Floats) -> Scaled:
+    """Values in [low, high], (k,), by variables in [0, 1]."""
+    width = high - low
+    columns = program.variables(np.zeros(len(low)), np.where(width > 0, 1.0, 0.0))
+    return Scaled(columns, np.where(width > 0, width, 1.0), low)
+
+
+def _add_centre(program: Program, domain: Domain) -> Scaled:
     judgement = domain.judgement
-    centre = program.variables(domain.low, domain.high)
-    if judgement.spacing is None or judgement.origin is None:
-        return centre
-    whole = np.flatnonzero(judgement.spacing > 0)
-    step, origin = judgement.spacing[whole], judgement.origin[whole]
-    first = np.ceil((domain.low[whole] - origin) / step - 1e-9)
-    last = np.floor((domain.high[whole] - origin) / step + 1e-9)
-    count = program.variables(first, last, integer=True)
-    program.rows(origin, origin, (centre[whole], np.ones(len(whole))), (count, -step), n=len(whole))
+    centre = _add_between(program, domain.low, domain.high)
+    whole = np.flatnonzero(judgement.whole)
+    if len(whole):
+        step, unit, n = judgement.step[whole], centre.unit[whole], len(whole)
+        first, last = (ends[whole] for ends in judgement.allowed(domain.low, domain.high))
+        count = program.variables(np.zeros(n), np.round((last - first) / step), integer=True)
+        # by less than their slack they may lie outside of the domain
+        off = np.clip((first - centre.base[whole]) / unit, 0.0, 1.0)
+        program.rows(off, off, (centre.columns[whole], np.ones(n)), (count, -step / unit), n=n)
     return centre
 
 
-def _add_distance(program: Program, domain: Domain, centre: Indices) -> None:
-    """The cost of a centre, at most that of the domain."""
-    judgement = domain.judgement
-    k, start, weights = judgement.n_features, judgement.start, judgement.weights
-    furthest = weights * np.maximum(np.abs(domain.low - start), np.abs(domain.high - start))
+def _add_distance(program: Program, domain: Domain, centre: Scaled) -> None:
+    """The cost of a centre, at most that of the domain, in its units."""
+    judgement, k = domain.judgement, domain.judgement.n_features
+    weights = judgement.weights / domain.unit
+    furthest = weights * np.maximum(
+        np.abs(domain.low - judgement.start), np.abs(domain.high - judgement.start)
+    )
+    most = domain.within / domain.unit
     if judgement.norm == "l1":
         cost = program.variables(np.zeros(k), furthest, cost=1.0)
-        program.rows(0.0, domain.within, (cost, np.ones((1, k))), n=1)
+        program.rows(0.0, most, (cost, np.ones((1, k))), n=1)
         each = np.eye(k)
     else:
-        most = np.array([min(domain.within, furthest.max())])
-        cost = program.variables(np.zeros(1), most, cost=1.0)
+        cost = program.variables(np.zeros(1), np.array([min(most, furthest.max())]), cost=1.0)
         each = np.ones((k, 1))
-    program.rows(-weights * start, np.inf, (cost, each), (centre, -weights), n=k)
-    program.rows(weights * start, np.inf, (cost, each), (centre, weights), n=k)
+    slope, start = weights * centre.unit, weights * (judgement.start - centre.base)
+    program.rows(-start, np.inf, (cost, each), (centre.columns, -slope), n=k)
+    program.rows(start, np.inf, (cost, each), (centre.columns, slope), n=k)
 
 
-def _add_moved(program: Program, domain: Domain, centre: Indices, offset: Floats) -> Indices:
+def _add_moved(program: Program, domain: Domain, centre: Scaled, offset: Floats) -> Scaled:
     """Points at an offset from the centre, clipped to the allowed ranges, exactly.
 
     A binary q is 1 where a point is clipped. At the upper end h, p = min(c + offset, h) is p ≤ c + offset,
-    p ≤ h, p ≥ c + offset - q (highest c + offset - h) and p ≥ h - (1 - q) (h - lowest p).
+    p ≤ h, p ≥ c + offset - q (highest c + offset - h) and p ≥ h - (1 - q) (h - lowest p). All rows are in
+    units of the centre's.
     """
+    if not offset.any():
+        return centre
     low, high = domain.ends(offset)
-    points = program.variables(low, high)
-    one = np.ones(len(offset))
-    sign = np.where(offset >= 0, one, -one)
+    points = _add_between(program, low, high)
+    sign = np.where(offset >= 0, 1.0, -1.0)
     limit = np.where(offset >= 0, domain.judgement.high, domain.judgement.low)
     # along `sign`: how far the points may be clipped, and how far they may stay below the limit
     beyond = sign * (np.where(offset >= 0, domain.high, domain.low) + offset - limit)
     short = sign * (limit - np.where(offset >= 0, low, high))
+    unit = centre.unit
+
+    def in_units(values: Scaled, of: np.ndarray) -> tuple[Indices, Floats]:
+        return values.columns[of], (sign * values.unit / unit)[of]
+
+    def minus_centre(of: np.ndarray) -> tuple[Indices, Floats]:
+        columns, factors = in_units(centre, of)
+        return columns, -factors
+
+    along = sign * (offset + centre.base - points.base) / unit
     free = beyond <= 0
-    program.rows(
-        offset[free], offset[free], (points[free], one[free]), (centre[free], -one[free]), n=free.sum()
-    )
+    program.rows(along[free], along[free], in_units(points, free), minus_centre(free), n=int(free.sum()))
     i = (beyond > 0) & (short > 0)
     if n := int(i.sum()):
         clipped = program.variables(np.zeros(n), np.ones(n), integer=True)
-        along, signs = sign[i] * offset[i], sign[i]
-        moved = (points[i], signs), (centre[i], -signs)
-        program.rows(-np.inf, along, *moved, n=n)
-        program.rows(along, np.inf, *moved, (clipped, beyond[i]), n=n)
-        program.rows(signs * limit[i] - short[i], np.inf, (points[i], signs), (clipped, -short[i]), n=n)
+        moved = in_units(points, i), minus_centre(i)
+        program.rows(-np.inf, along[i], *moved, n=n)
+        program.rows(along[i], np.inf, *moved, (clipped, (beyond / unit)[i]), n=n)
+        least = (sign * (limit - points.base) - short)[i] / unit[i]
+        program.rows(least, np.inf, in_units(points, i), (clipped, -(short / unit)[i]), n=n)
     return points

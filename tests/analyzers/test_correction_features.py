@@ -521,3 +521,10 @@ def test_whole_numbers_and_probabilities_are_classes_and_nothing_else():
     assert class_labels(torch.tensor([[0.1, 0.9], [1, 0]]), 2).tolist() == [1, 0]
     for no_classes in ([0.5, 1.0], [0, 2], [float("nan"), 1], [-100, -100], [[0.2, 0.2]], [[1, 0, 0]]):
         assert class_labels(torch.tensor(no_classes), 2) is None
+
+
+@pytest.mark.parametrize("option", ["ranges", "stability"])
+def test_what_is_said_of_a_feature_that_may_not_change_is_refused(values, option):
+    said = {"ranges": "interest=0:5", "stability": "interest=0.5"}[option]
+    with pytest.raises(OptionError, match=f"{option} interest: not among the features that may change"):
+        read_features(Data(values), features="ltv", **{option: said})
