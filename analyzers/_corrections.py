@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -126,10 +126,12 @@ class Judge:
         # a point that changes fewer features is one that changes more of them by nothing
         widest = [way for way in ways if way.is_widest]
         closest = self._nearest(widest, before, start, stable=False, floor=0.0)
-        self._tell_nearest(record, closest)
         stable = closest
         if any(way.is_stable for way in ways):
             stable = self._nearest(ways, before, start, stable=True, floor=closest.lower, known=closest)
+            if stable.upper < closest.upper:  # what is stable is a correction, and was not found in less time
+                closest = replace(stable, lower=closest.lower)
+        self._tell_nearest(record, closest)
         self._tell_stable(record, stable)
         if stable.way is not None and stable.centre is not None and record.outcome != "timeout":
             self._add_box(record, stable.way, stable.centre, start)

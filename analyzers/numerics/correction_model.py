@@ -27,8 +27,8 @@ from dynprobe.analyzers.numerics.network_milp import (
 # Beyond these binaries and non-zero coefficients the solver gets nowhere, and notices late that its time is
 # up; beyond these entries of the affine maps of all neurons, building alone takes long.
 _MOST_BINARIES, _MOST_COEFFICIENTS, _MOST_ENTRIES = 3000, 250_000, 20_000_000
-# Centres that are compared with what the solver claims.
-_N_CHECKED = 512
+# Most centres that are compared with what the solver claims, and multiplications that this may take.
+_N_CHECKED, _CHECK_COST = 512, 1e8
 # Multiplications that bounding hidden neurons backwards may take, about a second.
 _BACKWARD_COST = 1e10
 # Upper bound of the outputs as the solver sees them.
@@ -172,7 +172,8 @@ class Model:
         """Some allowed centres, (n, k): random ones, and ones that change one or two features only."""
         judgement, low, high = self.domain.judgement, self.domain.low, self.domain.high
         generator = np.random.default_rng(0)
-        k, n = len(low), _N_CHECKED
+        affordable = int(_CHECK_COST / (judgement.network.n_entries * len(self.offsets)))
+        k, n = len(low), min(_N_CHECKED, max(affordable, 1))
         random = low + (high - low) * generator.random((n, k))
         ends = np.where(generator.random((n, k)) < 0.5, low, high)
         some = np.where(generator.random((n, 1)) < 0.5, random, ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from torch import nn
 
 from dynprobe.analyzers import OptionError
 from dynprobe.analyzers._correction_model import Classifier
+from dynprobe.analyzers._correction_search import Found
 from dynprobe.analyzers._corrections import Judge
 from dynprobe.io.pieces import PieceStore
 
@@ -479,6 +481,25 @@ def test_without_time_the_lower_bound_holds_and_the_judgement_is_open():
     assert found["still_open"] == 1
     assert 0 <= found["lower_bound"][0] <= enough["distance"][0]
     assert 0 <= found["stable_lower_bound"][0] <= enough["stable_distance"][0]
+
+
+def test_a_stable_correction_counts_as_one_though_the_search_for_the_nearest_missed_it(monkeypatch):
+    model, data = trained()
+    options = {"sample": samples_of(model, data, 0), "target": "1", "sampled": 0}
+    enough = judged(model, data, **options)
+    search = Judge._nearest
+
+    def only_stable(self, *arguments, stable, **more):
+        if not stable:
+            return Found(0.0, math.inf, None, None, "none", 0)
+        return search(self, *arguments, stable=stable, **more)
+
+    monkeypatch.setattr(Judge, "_nearest", only_stable)
+    found = judged(model, data, **options)
+    assert found["distance"] == found["stable_distance"] == enough["stable_distance"]
+    assert found["lower_bound"][0] == 0
+    assert found["nearest_outcome"][0] == "bounded"
+    np.testing.assert_array_equal(found["nearest"], found["corrected"])
 
 
 # What cannot be analysed
