@@ -32,6 +32,7 @@ from dynprobe.analyzers.numerics.verified_polygon import largest_polygon
 
 # Parts of the budget after which each stage ends; what one does not need is left to the next.
 _SCREENING, _NEAREST, _STABLE, _BOX, _SAMPLED = 0.1, 0.25, 0.65, 0.9, 1.0
+_GROWN = 0.1  # of the budget, for a polygon
 _ELSEWHERE = 0.1  # of the budget, for each question whether a box holds at another checkpoint
 
 _ROOM = 0.99
@@ -275,8 +276,10 @@ class Judge:
             record.volume, record.volume_bound = found.volume, found.volume_bound
         has_area = judgement.n_features == 2 and bool((judgement.low < judgement.high).all())
         if settings.shape == "polygon" and has_area:
+            # its bound is seldom within the tolerance, and more time then finds little more
+            until = min(deadline + 1, time.monotonic() + max(1.0, _GROWN * settings.budget))
             polygon = largest_polygon(
-                judgement, centre, found.low, found.high, deadline=deadline + 1, tolerance=0.05
+                judgement, centre, found.low, found.high, deadline=until, tolerance=0.05
             )
             vertices = np.stack([shown_of(self._table, way, vertex) for vertex in polygon.vertices])
             shape = self.classifier, self.columns, way.point, way.columns, vertices, way.target

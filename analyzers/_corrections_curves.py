@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers._corrections_panels import GREY, INK, PALE, plain
-from dynprobe.analyzers._corrections_runs import OUTCOMES, JudgedRun
+from dynprobe.analyzers._corrections_runs import OUTCOMES, JudgedRun, outcome_text
 from dynprobe.analyzers._corrections_summary import share, transfer_shares
 from dynprobe.analyzers._steps import space_steps
 
@@ -30,26 +30,46 @@ def draw_distances(panel: Any, run: JudgedRun) -> None:
         run: With at least one checkpoint.
     """
     stable = np.where(run.found(), run.numbers("stable_distance"), np.nan)
-    lower, nearest = run.numbers("stable_lower_bound"), run.numbers("distance")
-    marker = "o" if len(run.step) == 1 else ""
-    several = stable.shape[1] > 1
+    lower = run.numbers("stable_lower_bound")
+    several, any_stable = stable.shape[1] > 1, bool(np.isfinite(stable).any())
+    label = "one judgement" if several else ""
     for i in np.flatnonzero(np.isfinite(stable).any(0)):
-        thin = {"color": DISTANCE, "linewidth": 0.5, "alpha": 0.55, "marker": marker, "markersize": 2}
-        panel.plot(run.step, stable[:, i], **thin, label="one judgement" if several else None)
+        thin = {"color": DISTANCE, "linewidth": 0.5, "alpha": 0.55, "markersize": 2}
+        _curve(panel, run.step, stable[:, i], label, **thin)
         if stable.shape[1] <= MOST_BANDS:
             panel.fill_between(run.step, lower[:, i], stable[:, i], color=DISTANCE, alpha=0.15, linewidth=0)
     kind = "stable correction" if run.is_stable() else "correction"
-    style = {"marker": "o", "markersize": 2}
-    panel.plot(run.step, _median(stable), color=DISTANCE, linewidth=1.4, label=kind, **style)
+    _curve(panel, run.step, _median(stable), kind, color=DISTANCE, linewidth=1.4, markersize=2)
     if run.is_stable():
-        median = _median(np.where(run.found(), nearest, np.nan))
-        panel.plot(run.step, median, color=INK, linewidth=0.9, linestyle=(0, (3, 1.2)), label="nearest point")
+        # of the same judgements, so that the two medians can be compared
+        nearest = np.where(run.found() | (not any_stable), run.numbers("distance"), np.nan)
+        dashed = {"color": INK, "linewidth": 0.9, "linestyle": (0, (3, 1.2)), "markersize": 2}
+        _curve(panel, run.step, _median(nearest), "nearest point", **dashed)
+    panel.margins(y=0.1)
+    panel.autoscale_view()
     panel.set_ylim(bottom=0)
     panel.set_ylabel("distance (bold: median)" if several else "distance")
-    if not np.isfinite(stable).any():
-        panel.set_yticks([])
-        panel.text(0.5, 0.5, "no correction found", transform=panel.transAxes, ha="center", color=GREY)
+    if not any_stable:
+        if not panel.lines:
+            panel.set_yticks([])
+        words = "no stable correction found" if run.is_stable() else "no correction found"
+        panel.text(0.5, 0.5, words, transform=panel.transAxes, ha="center", color=GREY)
     _finish(panel, run)
+
+
+def has_distances(run: JudgedRun) -> bool:
+    """Whether there is anything that `draw_distances` could draw."""
+    return bool(np.isfinite(run.numbers("distance")).any() or run.found().any())
+
+
+def _curve(panel: Any, step: Floats, values: Floats, label: str, **style: Any) -> None:
+    """A line over the steps, with a mark where neither neighbour is known; nothing where nothing is."""
+    known = np.isfinite(values)
+    if not known.any():
+        return
+    beside = np.pad(known, 1)
+    alone = np.flatnonzero(known & ~beside[:-2] & ~beside[2:])
+    panel.plot(step, values, **style, marker="o", markevery=alone.tolist(), label=label or None)
 
 
 def _median(values: Floats) -> Floats:
@@ -92,7 +112,12 @@ def outcome_handles(runs: list[JudgedRun]) -> dict[str, Any]:
     from matplotlib.patches import Patch
 
     seen = {str(name) for run in runs for name in np.unique(run.outcomes())}
-    return {text: Patch(color=OUTCOME_COLOURS[name]) for name, text in OUTCOMES.items() if name in seen}
+    stable = any(run.is_stable() for run in runs)
+    return {
+        outcome_text(name, stable=stable): Patch(color=OUTCOME_COLOURS[name])
+        for name in OUTCOMES
+        if name in seen
+    }
 
 
 def draw_holding(panel: Any, run: JudgedRun) -> None:

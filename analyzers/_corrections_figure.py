@@ -14,6 +14,7 @@ from dynprobe.analyzers._corrections_curves import (
     draw_holding,
     draw_outcomes,
     draw_transfer,
+    has_distances,
     outcome_handles,
 )
 from dynprobe.analyzers._corrections_panels import (
@@ -32,7 +33,14 @@ from dynprobe.analyzers._corrections_panels import (
     rows_of_intervals,
     title_of,
 )
-from dynprobe.analyzers._corrections_runs import ALREADY_TARGET, UNSUPPORTED, JudgedRun, judged_runs
+from dynprobe.analyzers._corrections_runs import (
+    ALREADY_TARGET,
+    NEAREST,
+    STABLE,
+    UNSUPPORTED,
+    JudgedRun,
+    judged_runs,
+)
 from dynprobe.analyzers.core.result import Result
 
 STYLES = ("auto", "plane", "intervals", "images", "steps", "transfer")
@@ -41,13 +49,13 @@ WIDTH = 6.75
 TOLD = {
     "plane": "judgements with two features and a map of the margin",
     "intervals": "judgements to correct",
-    "images": "corrections of images",
+    "images": "images to correct",
     "transfer": "boxes verified on other runs",
 }
 TIPS = {
     "plane": "Measure with two --features.",
     "intervals": "Choose a --target that is not decided already.",
-    "images": "Measure data of images.",
+    "images": "Measure data of images, towards a --target that is not decided already.",
     "transfer": "Give several runs.",
 }
 
@@ -81,29 +89,39 @@ def draw_corrections(result: Result, figure: Any, style: str = "") -> None:
         most = MOST_BESIDE_RUNS if style == "auto" and len(runs) > 1 else MOST_JUDGEMENTS
         bands.append(_SINGLE[single](drawable[single], most))
     over_steps = any(len(run.step) > 1 for run in runs)
-    if style == "steps" or (style == "auto" and (over_steps or not bands)):
+    if all(_nothing_to_correct(run) for run in runs):
+        bands.append(_Nothing(runs))
+    elif style == "steps" or (style == "auto" and (over_steps or not bands)):
         bands.append(_Steps(runs))
     if style in ("auto", "transfer") and with_transfer:
         bands.append(_Transfer(runs, [str(name) for name in result["other"]]))
     _lay_out(figure, bands)
 
 
+def _nothing_to_correct(run: JudgedRun) -> bool:
+    return bool(np.isin(run.outcomes(), ("", ALREADY_TARGET)).all())
+
+
 def _judgements(runs: list[JudgedRun]) -> list[Judgement]:
-    """Those to correct at the last checkpoint, sample by sample; those with a correction first."""
+    """Those to correct at the last checkpoint, sample by sample; first those with a stable correction.
+
+    Then those with a nearest one only.
+    """
+    order = (STABLE, NEAREST, "")
     told = [
         (run, i)
         for i in range(len(runs[0].samples))
         for run in runs
         if run.outcomes()[-1, i] not in ("", ALREADY_TARGET, UNSUPPORTED)
     ]
-    return sorted(told, key=lambda judgement: not judgement[0].found()[-1, judgement[1]])
+    return sorted(told, key=lambda judgement: order.index(judgement[0].correction(judgement[1])))
 
 
 def _drawable(name: str, judgements: list[Judgement]) -> list[Judgement]:
     if name == "plane":
         return [(run, i) for run, i in judgements if axes_of_plane(run, i)]
     if name == "images":
-        return [(run, i) for run, i in judgements if picture_shape(run) and run.found()[-1, i]]
+        return [(run, i) for run, i in judgements if picture_shape(run)]
     return [(run, i) for run, i in judgements if rows_of_intervals(run, i)]
 
 
@@ -129,6 +147,7 @@ class _Judgements:
     """The first judgements, one panel each."""
 
     width = WIDTH
+    space: float | None = None
 
     def __init__(
         self, judgements: list[Judgement], shown: list[Judgement], columns: int, height: float, legend: float
@@ -140,7 +159,7 @@ class _Judgements:
         self.height = self.rows * height + legend
 
     def panels(self, figure: Any, place: Any) -> list[Any]:
-        grid = place.subgridspec(self.rows, self.columns, height_ratios=self.heights)
+        grid = place.subgridspec(self.rows, self.columns, height_ratios=self.heights, wspace=self.space)
         return [figure.add_subplot(grid[divmod(k, self.columns)]) for k in range(len(self.shown))]
 
     def title(self, run: JudgedRun, sample: int) -> str:
@@ -185,7 +204,8 @@ class _Planes(_Judgements):
         panels = self.panels(figure, place)
         for panel, (run, i) in zip(panels, self.shown, strict=True):
             draw_plane(panel, run, i, scale.to_rgba)
-            panel.set_title(self.title(run, i), loc="left")
+            # room for a judged point on the upper edge
+            panel.set_title(self.title(run, i), loc="left", pad=5.5)
         same = len({tuple(axes_of_plane(run, i)) for run, i in self.shown}) == 1
         for k, panel in enumerate(panels if same else []):
             if k % self.columns:
@@ -196,11 +216,12 @@ class _Planes(_Judgements):
             step_name = self.shown[0][0].step_name
             label = f"thin: box of an earlier {step_name}"
             figure.colorbar(scale, ax=panels, label=label, aspect=35, pad=0.02)
-        runs = [run for run, _ in self.shown]
-        self.add_legend(figure, plane_handles(runs, polygon=any("polygon" in run for run in runs)))
+        self.add_legend(figure, plane_handles(self.shown))
 
 
 class _Intervals(_Judgements):
+    space = 0.08  # numbers right of a panel are not to touch the names of the next
+
     def __init__(self, judgements: list[Judgement], most: int) -> None:
         shown = judgements[:most]
         super().__init__(judgements, shown, 2, 0.0, 0.25)
@@ -215,7 +236,7 @@ class _Intervals(_Judgements):
         for k, (panel, (run, i)) in enumerate(zip(self.panels(figure, place), self.shown, strict=True)):
             draw_intervals(panel, run, i, self.rooms[k // self.columns])
             panel.set_title(self.title(run, i), loc="left")
-        self.add_legend(figure, interval_handles())
+        self.add_legend(figure, interval_handles(self.shown))
 
 
 class _Pictures(_Judgements):
@@ -231,7 +252,8 @@ class _Pictures(_Judgements):
         drawn = [draw_picture(panel, run, i, largest) for panel, (run, i) in pairs]
         for panel, (run, i) in zip(panels, self.shown, strict=True):
             panel.set_title(self.title(run, i), loc="left")
-        figure.colorbar(drawn[0], ax=panels, label="change by the correction", aspect=30, pad=0.02)
+        if any(run.correction(i) for run, i in self.shown):
+            figure.colorbar(drawn[0], ax=panels, label="change by the correction", aspect=30, pad=0.02)
         if self.all > len(self.shown):
             text = f"{len(self.shown)} of {self.all} judgements, at the last checkpoint"
             figure.suptitle(text, fontsize="medium", color=GREY, x=0.01, ha="left")
@@ -247,7 +269,8 @@ class _Steps:
 
     def draw(self, figure: Any, place: Any) -> None:
         """A row for each run: distances, outcomes, and whether boxes hold at the next checkpoint."""
-        columns = [draw_distances, draw_outcomes, draw_holding][: 2 + self.followed]
+        some = any(has_distances(run) for run in self.runs)
+        columns = [draw_distances] * some + [draw_outcomes] + [draw_holding] * self.followed
         grid = place.subgridspec(len(self.runs), len(columns))
         for row, run in enumerate(self.runs):
             for column, draw in enumerate(columns):
@@ -296,6 +319,22 @@ class _Transfer:
         share = min(1.0, self.width / figure.get_size_inches()[0])
         place = place.subgridspec(1, 2, width_ratios=(share, 1 - share))[0, 0] if share < 1 else place
         draw_transfer(figure, figure.add_subplot(place), self.runs, self.others)
+
+
+class _Nothing:
+    width, height = 3.6, 0.5
+
+    def __init__(self, runs: list[JudgedRun]) -> None:
+        self.judged = max(int((run.outcomes() == ALREADY_TARGET).sum(1).max()) for run in runs)
+
+    def draw(self, figure: Any, place: Any) -> None:
+        """In words, instead of empty panels."""
+        panel = figure.add_subplot(place)
+        panel.set_axis_off()
+        one = self.judged == 1
+        words = "the sample is" if one else f"all {self.judged} samples are"
+        text = f"{words} the target already: there is nothing to correct"
+        panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY)
 
 
 _SINGLE: dict[str, Callable[[list[Judgement], int], _Band]] = {

@@ -25,8 +25,23 @@ OUTCOMES = {
 """Every outcome of a judgement, in the words of figures."""
 FOUND = (OPTIMAL, BOUNDED)
 
+STABLE, NEAREST = "corrected", "nearest"
+"""Variables with the two corrections of a judgement."""
+
 _IN_ORDER = 5
 """Changes up to which the order is that of the features."""
+_SINGLE_PRECISION = float(np.finfo(np.float32).eps)
+_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def outcome_text(name: str, *, stable: bool) -> str:
+    """An outcome in the words of figures.
+
+    Args:
+        name: One of `OUTCOMES`.
+        stable: Whether more than a point was asked for: single points may then flip what has no correction.
+    """
+    return "no stable correction" if stable and name == NONE_EXISTS else OUTCOMES[name]
 
 
 class JudgedRun:
@@ -86,25 +101,75 @@ class JudgedRun:
         nearest = str(self["nearest_outcome"][-1, sample])
         return bool(self.is_stable() and self.outcomes()[-1, sample] == NONE_EXISTS != nearest)
 
+    def correction(self, sample: int) -> str:
+        """Which correction the last checkpoint has: the stable one, else the nearest; or none."""
+        if self.found()[-1, sample]:
+            return STABLE
+        known = np.isfinite(self.numbers("distance")[-1, sample])
+        return NEAREST if known and np.isfinite(self.numbers(NEAREST)[-1, sample]).any() else ""
+
+    def allowed(self, sample: int) -> tuple[Floats, Floats]:
+        """Lowest and highest allowed value of every feature: its range, extended to the judged value."""
+        value = self.numbers("value")[-1, sample]
+        own = (
+            np.fmin(self.numbers("feature_low")[-1], value),
+            np.fmax(self.numbers("feature_high")[-1], value),
+        )
+        low, high = (
+            np.where(np.isfinite(told), told, end)
+            for told, end in zip(
+                (self._of_features(f"allowed_{name}", sample) for name in ("low", "high")), own, strict=True
+            )
+        )
+        return low, high
+
+    def reachable(self, sample: int) -> tuple[Floats, Floats]:
+        """The same for a feature that may only grow, or only shrink, from the judged value on."""
+        low, high = self.allowed(sample)
+        value = self.numbers("value")[-1, sample]
+        direction = self.numbers("direction")[-1] if "direction" in self else np.zeros(len(value))
+        return np.where(direction > 0, value, low), np.where(direction < 0, value, high)
+
+    def _of_features(self, name: str, sample: int) -> Floats:
+        return self.numbers(name)[-1, sample] if name in self else np.full(len(self.features), np.nan)
+
+    def at_most(self) -> str:
+        """`at most two` where not all features may change at once, else nothing."""
+        most = float(self.numbers("max_changed")[-1]) if "max_changed" in self else np.inf
+        if not 0 < most < len(self.chosen):
+            return ""
+        return f"at most {_WORDS[int(most)] if most < len(_WORDS) else int(most)}"
+
     def changed(self, sample: int, checkpoint: int = -1) -> NDArray[np.intp]:
-        """Which features the correction changes."""
+        """Which features the correction may change: in these its box has a width."""
         return np.flatnonzero(np.nan_to_num(self.numbers("changed")[checkpoint, sample]) > 0)
 
-    def largest_changes(self, sample: int) -> NDArray[np.intp]:
-        """The same at the last checkpoint, without those left as they were if there are others.
+    def moved(self, sample: int, to: str = STABLE) -> NDArray[np.intp]:
+        """Which features a correction at the last checkpoint does change, in single precision.
 
         Where they are many, those changed most in parts of their range come first.
         """
-        changed = self.changed(sample)
-        value, corrected, low, high = (
-            self.numbers(n)[-1, sample][changed] for n in ("value", "corrected", "box_low", "box_high")
-        )
-        ranges = (self.numbers("feature_high") - self.numbers("feature_low"))[-1][changed]
-        size = np.nan_to_num(np.abs(corrected - value) / np.where(ranges > 0, ranges, 1.0))
-        told = (size > 0) | (np.nan_to_num(high - low) > 0)
-        if told.any():
-            changed, size = changed[told], size[told]
-        return changed if len(changed) <= _IN_ORDER else changed[np.argsort(-size, kind="stable")]
+        value, correction = (self.numbers(name)[-1, sample] for name in ("value", to))
+        low, high = self.allowed(sample)
+        size = np.nan_to_num(np.abs(correction - value))
+        moved = np.flatnonzero(size > _SINGLE_PRECISION * np.fmax(high - low, np.abs(value)))
+        moved = moved if len(moved) else np.flatnonzero(size)
+        if len(moved) <= _IN_ORDER:
+            return moved
+        share = size[moved] / np.where(high > low, high - low, 1.0)[moved]
+        return moved[np.argsort(-share, kind="stable")]
+
+    def varying(self, sample: int) -> NDArray[np.intp]:
+        """Which features the stable correction leaves as they are, though its box has a width in them."""
+        low, high = (self.numbers(f"box_{end}")[-1, sample] for end in ("low", "high"))
+        wide = np.flatnonzero(np.nan_to_num(high - low) > 0)
+        return np.setdiff1d(wide, self.moved(sample))
+
+    def polygon(self, sample: int) -> Floats:
+        """Vertices of the polygon at the last checkpoint, (n_vertices, 2); none where there is none."""
+        corners = self.numbers("polygon")[-1, sample] if "polygon" in self else np.empty((0, 2))
+        corners = corners[np.isfinite(corners).all(-1)]
+        return corners if len(corners) > 2 else corners[:0]
 
     def transition(self, sample: int, checkpoint: int = -1) -> str:
         """What the sample is judged as, and what it is to be judged as: `malignant → benign`."""

@@ -11,6 +11,7 @@ from dynprobe.analyzers._corrections_runs import (
     ALREADY_TARGET,
     FOUND,
     NONE_EXISTS,
+    OPTIMAL,
     TIMEOUT,
     UNSUPPORTED,
     JudgedRun,
@@ -40,19 +41,6 @@ def _rounded(value: float, step: Decimal, rounding: str) -> Decimal:
     return (Decimal(repr(float(value))) / step).to_integral_value(rounding) * step
 
 
-def amount(value: float, span: float) -> str:
-    """A number rounded to what its allowed range warrants.
-
-    Args:
-        value: In any units.
-        span: Width of the range, in the same ones.
-
-    >>> amount(44.0312, 63), amount(640.3, 550)
-    ('44', '640')
-    """
-    return _text(_rounded(value, _step(span), ROUND_HALF_EVEN))
-
-
 def interval(low: float, high: float, span: float) -> str:
     """An interval rounded inwards, so that all that is printed lies within it; a point where it has no width.
 
@@ -66,13 +54,43 @@ def interval(low: float, high: float, span: float) -> str:
     >>> interval(20.02, 37.98, 63), interval(670.2, 720.9, 550), interval(0.1, 0.1, 1)
     ('[20.1, 37.9]', '[671, 720]', '0.1')
     """
+    first, last, _ = _inner(low, high, span)
+    return _text(first) if first == last else f"[{_text(first)}, {_text(last)}]"
+
+
+def change(value: float, low: float, high: float, span: float) -> str:
+    """A value and the interval that it goes to, with the same digits, on the side of it where it is.
+
+    Args:
+        value: Judged value.
+        low: Lower end.
+        high: Upper end.
+        span: Width of the range that was allowed.
+
+    >>> change(44.0312, 20, 38, 63), change(6.1132, 6.1005, 6.1099, 10), change(1, 0, 0, 1)
+    ('44 → [20, 38]', '6.1132 → [6.1005, 6.1099]', '1 → 0')
+    """
+    first, last, step = _inner(low, high, span)
+    shown = _rounded(value, step, ROUND_HALF_EVEN)
+    if value < low:
+        shown = shown if shown < first else _rounded(value, step, ROUND_FLOOR)
+    elif value > high:
+        shown = shown if shown > last else _rounded(value, step, ROUND_CEILING)
+    else:
+        shown = min(max(shown, first), last)
+    return f"{_text(shown)} → {interval(low, high, span)}"
+
+
+def _inner(low: float, high: float, span: float) -> tuple[Decimal, Decimal, Decimal]:
+    """Both ends rounded inwards, and to what."""
     width = high - low
     if not width > 1e-9 * max(span, abs(low)):
-        return _text(_rounded((low + high) / 2, _step(span / 100), ROUND_HALF_EVEN))
+        step = _step(span / 100)
+        point = _rounded((low + high) / 2, step, ROUND_HALF_EVEN)
+        return point, point, step
     step = min(_step(span), _step(10 * width))
     slack = ROUND_OFF * max(abs(low), abs(high))
-    inner = [_nearby(low, step, slack, ROUND_CEILING), _nearby(high, step, slack, ROUND_FLOOR)]
-    return f"[{_text(inner[0])}, {_text(inner[1])}]"
+    return _nearby(low, step, slack, ROUND_CEILING), _nearby(high, step, slack, ROUND_FLOOR), step
 
 
 def _nearby(value: float, step: Decimal, slack: float, rounding: str) -> Decimal:
@@ -143,10 +161,11 @@ def _judgement(run: JudgedRun, i: int) -> str:
 
 def _found(run: JudgedRun, i: int) -> str:
     distance, lower = (float(run.numbers(n)[-1, i]) for n in ("stable_distance", "stable_lower_bound"))
-    changed = run.largest_changes(i)
-    changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in changed]
-    text = f"{listed(changes, noun='features')} flips it; distance {distance:.3g}"
-    if run.outcomes()[-1, i] == FOUND[0]:
+    changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in run.moved(i)]
+    flip, them = ("flips it", "it") if len(changes) == 1 else ("flip it", "them")
+    text = f"{listed(changes, noun='features')} {flip}{_beside(run, i, them)}{_polygon(run, i)}"
+    text += f"; distance {distance:.3g}"
+    if run.outcomes()[-1, i] == OPTIMAL:
         text += f", {within(distance, lower)}"
     elif lower > 0:
         text += f", at least {least(lower)} is needed"
@@ -154,20 +173,50 @@ def _found(run: JudgedRun, i: int) -> str:
 
 
 def change_text(run: JudgedRun, i: int, j: int) -> str:
-    """`44 → [20, 38]`: the judged value of a feature and the box's side at the last checkpoint."""
-    value, low, high, corrected = (
-        float(run.numbers(n)[-1, i, j]) for n in ("value", "box_low", "box_high", "corrected")
+    """A feature at the last checkpoint: `44 → [20, 38]`, or `in [20, 38]` where it is not changed.
+
+    Args:
+        run: With a correction of this judgement; a nearest point where there is no stable one.
+        i: Row of the judgement.
+        j: Feature.
+    """
+    correction = run.correction(i)
+    value, low, high, point = (
+        float(run.numbers(n)[-1, i, j]) for n in ("value", "box_low", "box_high", correction)
     )
-    span = float(run.numbers("feature_high")[-1, j] - run.numbers("feature_low")[-1, j])
+    lowest, highest = (float(end[j]) for end in run.allowed(i))
     if not math.isfinite(low + high):  # a point that flips it, around which no box was measured
-        low = high = corrected
-    return f"{amount(value, span)} → {interval(low, high, span)}"
+        low = high = point
+    if j in run.moved(i, correction):
+        return change(value, low, high, highest - lowest)
+    return f"in {interval(low, high, highest - lowest)}"
+
+
+def _beside(run: JudgedRun, i: int, them: str) -> str:
+    """Features that the correction leaves alone, but need not."""
+    varying = run.varying(i)
+    names = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in varying[: MOST_FEATURES + 1]]
+    if len(varying) > MOST_FEATURES:
+        names = [f"{len(varying)} more features"]
+    return f", and {listed(names)} may vary with {them}" if names else ""
+
+
+def _polygon(run: JudgedRun, i: int) -> str:
+    corners, changed = run.polygon(i), run.changed(i)
+    if not len(corners) or len(changed) != 2:
+        return ""
+    low, high = run.allowed(i)
+    x, y = ((corners - low[changed]) / (high - low)[changed]).T
+    area = abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))) / 2
+    return f"; all of a polygon of {len(corners)} vertices, {least(area)} of the allowed ranges, flips it too"
 
 
 def _evidence(run: JudgedRun, i: int) -> str:
     n, failures = (run.numbers(name)[-1, i] for name in ("n_sampled", "sampled_failures"))
     if not np.isfinite(run.numbers("box_low")[-1, i]).all():
-        return "a single point, which the model itself confirms"
+        if (np.nan_to_num(run.numbers("stability")[-1][run.changed(i)]) > 0).any():
+            return "stable within ± the stability asked for, verified by the search; no box, see the notes"
+        return "a single point, which the model itself confirms; no box, see the notes"
     if not n > 0:
         return "numerically verified"
     if failures > 0:
@@ -175,22 +224,34 @@ def _evidence(run: JudgedRun, i: int) -> str:
     return f"numerically verified, 0 of {int(n):,} samples fail"
 
 
-def _ranges(run: JudgedRun) -> str:
+def _change_of(run: JudgedRun) -> str:
+    """`change of at most two of the 61 features`: all that was searched."""
+    names = (
+        f"the {len(run.chosen)} features"
+        if len(run.chosen) > MOST_FEATURES
+        else listed([run.features[j] for j in run.chosen])
+    )
+    most = run.at_most()
+    return f"change of {most} of {names}" if most else f"change of {names}"
+
+
+def _ranges(run: JudgedRun, i: int) -> str:
     if len(run.chosen) > MOST_FEATURES:
-        return f"the {len(run.chosen)} features within their allowed ranges"
-    low, high = (run.numbers(f"feature_{end}")[-1] for end in ("low", "high"))
-    ranges = [interval(float(low[j]), float(high[j]), float(high[j] - low[j])) for j in run.chosen]
-    return f"{listed([run.features[j] for j in run.chosen])} within {listed(ranges)}"
+        return "within their allowed ranges"
+    low, high = run.reachable(i)
+    lowest, highest = run.allowed(i)
+    ranges = [interval(float(low[j]), float(high[j]), float(highest[j] - lowest[j])) for j in run.chosen]
+    return f"within {listed(ranges)}"
 
 
 def _none_exists(run: JudgedRun, i: int) -> str:
     if not run.only_stable_excluded(i):
-        return f"no change of {_ranges(run)} flips it (numerically verified)"
+        return f"no {_change_of(run)} {_ranges(run, i)} flips it (numerically verified)"
     nearest = float(run.numbers("distance")[-1, i])
     head = f"a point at distance {nearest:.3g} flips it, but " if math.isfinite(nearest) else ""
     return (
-        f"{head}no change of {_ranges(run)} stays flipped in the whole box of the stability asked for "
-        "(numerically verified)"
+        f"{head}no {_change_of(run)} {_ranges(run, i)} stays flipped in the whole box of the stability asked "
+        "for (numerically verified)"
     )
 
 
@@ -198,12 +259,12 @@ def _undecided(run: JudgedRun, i: int) -> str:
     nearest, lower, stable = (
         float(run.numbers(n)[-1, i]) for n in ("distance", "lower_bound", "stable_lower_bound")
     )
-    # the bound on stable corrections is none on points
-    stable_bound = f", and none is nearer than {least(stable)}" if stable > 0 else ""
     head = "undecided after the time given: "
+    searched = f" by a {_change_of(run)}" if run.at_most() else ""
     if math.isfinite(nearest):
-        return (
-            f"{head}a point at distance {nearest:.3g} flips it, no stable correction was found{stable_bound}"
-        )
-    bound = f"nothing nearer than {least(lower)} flips it, " if lower > 0 else ""
+        # the bound on stable corrections is none on points
+        bound = f", and none{searched} is nearer than {least(stable)}" if stable > 0 else ""
+        return f"{head}a point at distance {nearest:.3g} flips it, no stable correction was found{bound}"
+    nothing = f"no {_change_of(run)}" if run.at_most() else "nothing"
+    bound = f"{nothing} nearer than {least(lower)} flips it, " if lower > 0 else ""
     return f"{head}{bound}nothing found"

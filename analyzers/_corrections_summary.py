@@ -43,7 +43,7 @@ SUMMARY_RETURNS = {
     "median_distance": _var("Distance of the nearest correction there, median of those found"),
     "median_gap": _var("Gap between stable distance and its bound, part of the distance, median"),
     **{
-        f"n_{outcome}": _var(f"Judgements at the last checkpoint with the outcome {text}")
+        f"n_{outcome}": _var(f"Judgements at the last checkpoint, stable correction: {text}")
         for outcome, text in OUTCOMES.items()
     },
     "holding_share": _var("Share of boxes that hold at the next checkpoint", "holding_share_stderr"),
@@ -52,7 +52,7 @@ SUMMARY_RETURNS = {
     "median_overlap": _var("Overlap with the box of the checkpoint before, median"),
     "transfer_share": _var("Share of boxes that hold on another run", "transfer_share_stderr", _TRANSFER),
     "transfer_share_stderr": _var("Binomial standard error, over boxes", dims=_TRANSFER),
-    "n_points_sampled": _var("Points sampled in all boxes of all checkpoints"),
+    "n_points_sampled": _var("Points sampled in all boxes and polygons of all checkpoints"),
     "n_points_failing": _var("Of them, points not judged as the target"),
     "finding": _var("What was found, in words", dims=("finding",)),
 }
@@ -118,10 +118,11 @@ def _numbers(run: JudgedRun) -> dict[str, float]:
     with np.errstate(invalid="ignore", divide="ignore"):
         gap = (stable - lower) / stable
     holding, error, n = share(run.numbers("previous_holds"))
+    several = stable if np.isfinite(stable).sum() > 1 else np.full(1, np.nan)  # one value has no quartiles
     return {
         "median_stable_distance": _quantile(stable, 0.5),
-        "stable_distance_low": _quantile(stable, 0.25),
-        "stable_distance_high": _quantile(stable, 0.75),
+        "stable_distance_low": _quantile(several, 0.25),
+        "stable_distance_high": _quantile(several, 0.75),
         "median_distance": _quantile(run.numbers("distance")[-1], 0.5),
         "median_gap": _quantile(gap, 0.5),
         **{f"n_{name}": int((outcome == name).sum()) for name in OUTCOMES},
@@ -164,21 +165,27 @@ def _overview(run: JudgedRun, others: list[str]) -> list[str]:
 
 
 def _counts(run: JudgedRun, numbers: dict[str, float]) -> str:
-    words = {
-        OPTIMAL: "corrected optimally",
-        BOUNDED: "corrected within bounds",
-        NONE_EXISTS: "without any correction",
-        TIMEOUT: "undecided",
-        UNSUPPORTED: "not supported",
-        ALREADY_TARGET: "already the target",
-    }
-    counts = [f"{numbers[f'n_{name}']} {text}" for name, text in words.items() if numbers[f"n_{name}"]]
     total = sum(int(numbers[f"n_{name}"]) for name in OUTCOMES)
-    text = f"{total} judgements at {run.step_name} {run.step[-1]:g}: {', '.join(counts)}"
+    head = f"{total} judgements at {run.step_name} {run.step[-1]:g}: "
+    if numbers[f"n_{ALREADY_TARGET}"] == total:
+        return f"{head}all are the target already, there is nothing to correct"
+    stable_only = sum(run.only_stable_excluded(i) for i in range(len(run.samples)))
+    counts = [
+        (numbers[f"n_{OPTIMAL}"], "corrected optimally"),
+        (numbers[f"n_{BOUNDED}"], "corrected within bounds"),
+        (stable_only, "without a stable correction"),
+        (numbers[f"n_{NONE_EXISTS}"] - stable_only, "without any correction"),
+        (numbers[f"n_{TIMEOUT}"], "undecided"),
+        (numbers[f"n_{UNSUPPORTED}"], "not supported"),
+        (numbers[f"n_{ALREADY_TARGET}"], "already the target"),
+    ]
+    text = head + ", ".join(f"{n} {words}" for n, words in counts if n)
+    n = int(numbers[f"n_{OPTIMAL}"] + numbers[f"n_{BOUNDED}"])
     median, low, high = (
         numbers[name] for name in ("median_stable_distance", "stable_distance_low", "stable_distance_high")
     )
     if np.isfinite(median):
         kind = "stable distance" if run.is_stable() else "distance"
-        text += f"; median {kind} {median:.2g} (quartiles {low:.2g} to {high:.2g})"
+        of = f"median {kind} of the {n} corrected" if n > 1 else f"{kind} of the one corrected"
+        text += f"; {of} {median:.2g}" + (f" (quartiles {low:.2g} to {high:.2g})" if n > 1 else "")
     return text

@@ -18,6 +18,12 @@ from dynprobe.analyzers.numerics.correction_problem import grid_slack
 from dynprobe.analyzers.numerics.layered_network import Floats
 
 
+# Features that points are compared in at a time: of many, the first already exclude most points.
+_FEATURES = 32
+# Numbers that the queue may hold: with many features every point gives as many boxes.
+_MOST_NUMBERS = 40_000_000
+
+
 @dataclass(frozen=True)
 class BoxRange:
     """All boxes that lie in [low, high] and contain [inner_low, inner_high]; all arrays are (k,)."""
@@ -115,8 +121,12 @@ class EmptyBoxes:
 
     def inside(self, low: Floats, high: Floats) -> Floats:
         """The points in a box, (n, k); those on its faces too."""
-        points = self.points
-        return points[(((points >= low) & (points <= high)) | ~self._wide).all(1)]
+        left = self.points
+        for first in range(0, len(low), _FEATURES):
+            some = slice(first, first + _FEATURES)
+            part = left[:, some]
+            left = left[(((part >= low[some]) & (part <= high[some])) | ~self._wide[some]).all(1)]
+        return left
 
     def largest(self, *, above: float = 0.0, deadline: float = float("inf")) -> BoxRange | None:
         """The range whose [low, high] is the largest empty box.
@@ -126,14 +136,16 @@ class EmptyBoxes:
             deadline: As `time.monotonic()` gives it.
 
         Returns:
-            None if there is no larger one than `above`, or if time ran out before (then `bound` > `above`).
+            None if there is no larger one than `above`, or if time or memory ran out before (then `bound` >
+            `above`).
         """
         while self._queue and self.bound > above:
             node = self._queue[0][2]
             inside = self.inside(node.low, node.high)
             if not len(inside):
                 return node
-            if time.monotonic() > deadline:
+            full = 2 * len(self._queue) * len(node.low) > _MOST_NUMBERS  # two arrays each are not shared
+            if full or time.monotonic() > deadline:
                 return None
             heapq.heappop(self._queue)
             self._exclude(node, inside, above)
@@ -167,7 +179,8 @@ class EmptyBoxes:
         face = (over | under) & self._wide
         if not face.any(1).all():  # a point that no face can exclude
             return
-        width = np.where(self._wide, node.high - node.low, 1.0)
+        width = node.high - node.low
+        width = np.where(width > 0, width, 1.0)  # of features without width no face can exclude anything
         share = np.where(face, np.where(over, inside - node.low, node.high - inside) / width, 0.0)
         chosen = int((share.max(1) + 1e-3 * share.sum(1)).argmin())
         point = inside[chosen]

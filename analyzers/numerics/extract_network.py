@@ -23,7 +23,9 @@ from dynprobe.analyzers.numerics.traced_forward import AsFloat64, Refusal, Trace
 
 # Largest difference from the model's own forward pass in float64, relative to its largest output.
 _TOLERANCE = 1e-9
-_N_RANDOM = 16
+_N_RANDOM, _N_CORNERS = 16, 16
+# How far beyond the range of the data half of the corners lie, as a part of it.
+_BEYOND = 0.1
 _BATCH = 256
 
 
@@ -75,8 +77,8 @@ def extract(model: nn.Module, example: Tensor, *, check: Tensor | None = None) -
     Args:
         model: Not changed; on any device and of any floating-point dtype.
         example: One input, (1, …), of a floating-point dtype. Which one does not matter.
-        check: Inputs of the data, (n, …), to compare on; random ones that span their range (without them,
-            the surroundings of the example) are always compared.
+        check: Inputs of the data, (n, …), to compare on; random ones within their range (without them, the
+            surroundings of the example), at its corners and a little beyond are always compared.
 
     Raises:
         UnsupportedNetwork: It cannot be written so, or does not compute what its operations say.
@@ -262,7 +264,7 @@ def _require_numbers(example: object) -> None:
 
 
 def _check_inputs(example: Tensor, check: Tensor | None) -> Tensor:
-    """Given inputs, and random ones that span their range."""
+    """Given inputs, and random ones at corners of their range, a little beyond, and within it."""
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(_N_RANDOM, *example.shape[1:], generator=generator, dtype=torch.float64)
     if check is None or len(check) < 2:
@@ -272,13 +274,21 @@ def _check_inputs(example: Tensor, check: Tensor | None) -> Tensor:
     else:
         given = _float64(check)
         low, high = given.amin(0, keepdim=True), given.amax(0, keepdim=True)
-    return torch.cat([given, low + (high - low) * random])
+    shape = (_N_CORNERS, *example.shape[1:])
+    corners = torch.rand(shape, generator=generator, dtype=torch.float64).round()
+    corners[::2] = corners[::2] * (1 + 2 * _BEYOND) - _BEYOND
+    return torch.cat([given, *(low + (high - low) * share for share in (corners, random))])
 
 
 def _outputs(model: nn.Module, inputs: Tensor, batch_size: int = _BATCH) -> Floats:
     """What a model gives, (n, n_outputs), in float64 on the CPU; inputs it writes over are copies."""
-    parts = [call(model, part.clone()).detach().cpu().double() for part in torch.split(inputs, batch_size)]
-    return torch.cat([part.reshape(max(1, *part.shape[:1]), -1) for part in parts]).numpy()
+    parts = []
+    for part in torch.split(inputs, batch_size):
+        found = call(model, part.clone()).detach().cpu().double()
+        # Outputs of a single input may have lost their first dimension, as by a last `squeeze`.
+        n = found.shape[0] if found.ndim and len(part) > 1 else 1
+        parts.append(found.reshape(n, -1))
+    return torch.cat(parts).numpy()
 
 
 def _first_line(error: Exception) -> str:

@@ -70,7 +70,7 @@ def largest_box(
     # The last tenth of the time is for the verification of what was found.
     until = start + 0.9 * (deadline - start)
     search = _Search(judgement, np.asarray(centre, np.float64), inner_low, inner_high, until)
-    search.sample_domain()
+    search.sample_domain(min(until, start + 0.15 * (deadline - start)))
     search.grow_in_several_orders(min(until, start + 0.3 * (deadline - start)))
     search.close(until, tolerance)
     return search.result(deadline)
@@ -108,25 +108,29 @@ class _Search:
         verdict = verify(network, low, high, margin, deadline=deadline, max_boxes=max_boxes)
         self.n_boxes += verdict.n_boxes
         if verdict.counterexample is not None:
-            self.avoid(verdict.counterexample[None], self.inner_low, self.inner_high)
+            end = min(deadline, self.until)
+            self.avoid(verdict.counterexample[None], self.inner_low, self.inner_high, end)
         return verdict.holds
 
-    def avoid(self, points: Floats, low: Floats, high: Floats) -> None:
+    def avoid(self, points: Floats, low: Floats, high: Floats, until: float) -> None:
         """Keep violating points (n, k), and the same moved towards a box, feature by feature."""
         k = points.shape[1]
         outside = int(((points < low) | (points > high)).any(0).sum())
         orders = [np.arange(k), np.arange(k)[::-1]] if outside > 1 else [np.arange(k)]
         if outside > 2:
             orders.append(self.generator.permutation(k))
-        self.empty.add(np.concatenate([points, *(self._slide(points, low, high, order) for order in orders)]))
+        slid = (self._slide(points, low, high, order, until) for order in orders)
+        self.empty.add(np.concatenate([points, *slid]))
 
-    def _slide(self, points: Floats, low: Floats, high: Floats, order: np.ndarray) -> Floats:
+    def _slide(
+        self, points: Floats, low: Floats, high: Floats, order: np.ndarray, until: float
+    ) -> Floats:
         points, k = points.copy(), points.shape[1]
         for j in order:
             goal = np.clip(points[:, j], low[j], high[j])
             if (goal == points[:, j]).all():
                 continue
-            if time.monotonic() > self.until:
+            if time.monotonic() > until:
                 break
             for _ in range(2):  # the second time between the last violating step and the next one
                 path = points[:, j, None] * (1 - _STEPS) + goal[:, None] * _STEPS
@@ -150,7 +154,7 @@ class _Search:
         away = (np.maximum(self.inner_low - points, points - self.inner_high).clip(0) / size).sum(1)
         return np.asarray(points[np.argsort(away, kind="stable")])
 
-    def sample_domain(self) -> None:
+    def sample_domain(self, until: float) -> None:
         """Find the first violating points."""
         affordable = int(_MOST_PRODUCTS / self.judgement.network.n_entries)
         n_points = min(_N_FIRST, max(affordable, _N_SAMPLES))
@@ -158,7 +162,7 @@ class _Search:
         if len(points):
             chosen = np.unique(np.linspace(0, len(points) - 1, 24).astype(int))
             near = np.arange(min(8, len(points)))
-            self.avoid(points[np.union1d(chosen, near)], self.inner_low, self.inner_high)
+            self.avoid(points[np.union1d(chosen, near)], self.inner_low, self.inner_high, until)
 
     # growing ------------------------------------------------------------------------------------------
 
@@ -172,6 +176,8 @@ class _Search:
         orders += [[faces[i] for i in self.generator.permutation(len(faces))] for _ in range(2)]
         for first in (start, (self.inner_low, self.inner_high)):
             for order in orders:
+                if time.monotonic() > until:
+                    return
                 self.keep(*self._grow(*first, *domain, order, until))
 
     def grow_within(self, node: BoxRange, until: float) -> None:
@@ -191,6 +197,8 @@ class _Search:
         done, limit, tried = 0.0, 1.0, 1.0
         best = self.inner_low, self.inner_high
         for _ in range(8):
+            if time.monotonic() > until:
+                break
             low = self.inner_low + tried * (self.judgement.low - self.inner_low)
             high = self.inner_high + tried * (self.judgement.high - self.inner_high)
             low, high = self.empty.inwards(low, high, self.inner_low, self.inner_high)
@@ -213,6 +221,8 @@ class _Search:
         until: float,
     ) -> tuple[Floats, Floats]:
         for j, above in order:
+            if time.monotonic() > until:
+                break
             low, high = self._grow_face(low, high, limit_low, limit_high, j, above, until)
         return low, high
 
@@ -265,8 +275,8 @@ class _Search:
             low, high = self._smaller(node, tolerance)
             points = self.violating(low, high, _N_SAMPLES)[:_N_SLID]
             if len(points):
-                self.avoid(points, self.inner_low, self.inner_high)
-                self.avoid(points, node.inner_low, node.inner_high)
+                self.avoid(points, self.inner_low, self.inner_high, until)
+                self.avoid(points, node.inner_low, node.inner_high, until)
             else:
                 holds = self.holds(low, high, until, _MAX_CANDIDATE)
                 if holds:

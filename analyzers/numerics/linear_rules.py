@@ -79,6 +79,10 @@ def _rearrange(call: Call) -> Affine:
 
     0 stands for the number that it fills in, such as that of padding.
     """
+    if call.get("accumulate"):
+        raise Refused("adds to values at positions")
+    if unknown := set(call.kwargs) - _WITHOUT_EFFECT:
+        raise Refused(f"has an option that cannot be followed ({', '.join(sorted(unknown))})")
     forms = [constant_form(np.array([_filling(call)]))]
     count = 1
 
@@ -98,6 +102,10 @@ def _rearrange(call: Call) -> Affine:
     ]
     picked = call.func(*args)
     return stacked(forms).rows(picked.reshape(-1).long().numpy())
+
+
+# Options that do not change which entry goes where.
+_WITHOUT_EFFECT = {"memory_format", "sparse_grad"}
 
 
 def _filling(call: Call) -> float:

@@ -37,8 +37,8 @@ class LargestPolygon:
 
     Args:
         vertices: Counter-clockwise, (n, 2).
-        area: Share of the domain.
-        area_bound: No convex set that contains the inner box, lies in the domain and holds is larger.
+        area: Share of the domain; NaN where that has no area, as one of its sides has no width.
+        area_bound: No convex set that contains the inner box, lies in the domain and holds is larger; NaN too.
     """
 
     vertices: Floats
@@ -73,7 +73,7 @@ def largest_polygon(
     inner = hull(rectangle(inner_low, inner_high))
     size = float(np.prod(judgement.high - judgement.low))
     if size == 0:
-        return LargestPolygon(inner, 0.0, 0.0)
+        return LargestPolygon(inner, np.nan, np.nan)
     search = _Search(judgement, np.asarray(centre, np.float64), inner)
     search.sample_domain()
     search.grow(start + 0.2 * (deadline - start), max_vertices)

@@ -326,3 +326,113 @@ def test_distance_is_that_of_branch_and_bound(k, norm, radius):
     assert found.lower <= other.upper + 1e-9
     assert other.lower <= found.upper + 1e-9
     assert other.upper - other.lower <= 0.1 * other.upper
+
+
+def rescaled(network, factors):
+    """The same function, with the neurons of every hidden layer in other units."""
+    layers = list(network.layers)
+    for i, factor in enumerate(factors):
+        (j, into), out = layers[i].sources[0], layers[i + 1].sources[0][1]
+        into, bias = into * factor[:, None], layers[i].bias * factor
+        layers[i] = replace(layers[i], sources=((j, into),), bias=bias)
+        layers[i + 1] = replace(layers[i + 1], sources=((i + 1, out / factor),))
+    return replace(network, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.02])
+@pytest.mark.parametrize("slopes", SLOPES)
+def test_units_of_neurons_do_not_matter(slopes, radius):
+    judgement = random_judgement(random_network([3, 5, 4, 1], slopes, seed=4), radius=radius)
+    truth = solve(judgement)
+    rng = np.random.default_rng(0)
+    for factors in (
+        [np.full(5, 1e-10), np.full(4, 1e9)],
+        [10.0 ** rng.uniform(-12, 12, n) for n in (5, 4)],
+    ):
+        found = solve(replace(judgement, network=rescaled(judgement.network, factors)))
+        assert found.closed(0.01)
+        assert found.lower <= truth.upper * (1 + 1e-6)
+        assert truth.lower <= found.upper * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+def test_unit_of_the_distance_does_not_matter(norm, factor):
+    judgement = random_judgement(random_network([3, 6, 1], seed=3), norm=norm)
+    truth = solve(judgement)
+    found = solve(replace(judgement, weights=factor * judgement.weights))
+    assert found.closed(0.01)
+    assert found.lower <= factor * truth.upper * (1 + 1e-6)
+    assert factor * truth.lower <= found.upper * (1 + 1e-6)
+
+
+def test_slopes_and_outputs_may_have_any_size():
+    judgement = random_judgement(random_network([3, 6, 1], "leaky", seed=3))
+    truth = solve(judgement)
+    first, last = judgement.network.layers
+    for steep, size in ((1e-9, 1.0), (1e9, 1.0), (1.0, 1e-6), (1.0, 1e6)):
+        layers = (
+            replace(first, activation=piecewise(0.1 * steep, steep, 6)),
+            replace(last, sources=((1, last.sources[0][1] * size / steep),), bias=last.bias * size),
+        )
+        network = replace(judgement.network, layers=layers)
+        found = solve(replace(judgement, network=network, margin=judgement.margin * size))
+        assert found.closed(0.01)
+        assert found.lower <= truth.upper * (1 + 1e-6)
+        assert truth.lower <= found.upper * (1 + 1e-6)
+
+
+def test_integers_of_a_billion_steps_are_solved():
+    width = 1e9
+    judgement = linear_judgement([1.0, 0.5], -1.0, spacing=np.full(2, 1 / width), origin=np.full(2, -7 / width))
+    found = solve(judgement)
+    assert found.closed(0.01)
+    assert found.upper == pytest.approx(0.251, rel=0.01)
+    counts = (found.centre - judgement.origin) * width
+    assert np.abs(counts - np.round(counts)).max() < 1e-5
+
+
+def test_a_ball_without_an_allowed_value_of_an_integer_is_excluded():
+    spacing, origin = np.array([0.2, 0.0]), np.zeros(2)
+    judgement = linear_judgement([1.0, 1.0], -1.0, spacing=spacing, origin=origin)
+    none = replace(judgement, start=np.array([0.66, 0.5]), low=np.array([0.65, 0.0]), high=np.array([0.7, 1.0]))
+    assert solve(none) == replace(UNKNOWN, lower=np.inf)
+
+
+def test_tiny_coefficients_never_exclude_a_solution():
+    program = Program()
+    small = program.variables(np.zeros(1), np.ones(1), cost=1.0)
+    large = program.variables(np.zeros(1), np.full(1, 1e10), integer=True)
+    program.rows(1.0, np.inf, (small, np.ones(1)), (large, np.full(1, 1e-10)), n=1)
+    assert program.solve(deadline=time.monotonic() + 5).bound == 0  # at large = 1e10
+
+
+def test_coefficients_too_large_for_the_solver_leave_what_is_known(monkeypatch):
+    judgement = random_judgement(random_network([3, 12, 12, 1]))
+    known = Bounds(0.99 * solve(judgement).upper, np.inf)
+    monkeypatch.setattr(network_milp, "_MOST_COEFFICIENT", 0.1)
+    assert solve(judgement, known=known).lower == known.lower
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.02])
+@pytest.mark.parametrize("claim", [0.0, np.inf])
+def test_wrong_claims_of_the_solver_are_noticed(monkeypatch, claim, radius):
+    judgement = random_judgement(random_network([2, 6, 6, 1], seed=1), radius=radius)
+    truth = solve(judgement).upper
+    infeasible = np.isinf(claim)
+    wrong = network_milp.Solution(infeasible, None, np.inf if infeasible else 0.99, 0)
+    monkeypatch.setattr(network_milp.Program, "solve", lambda _self, **_options: wrong)
+    monkeypatch.setattr(correction_milp, "_SMALLEST", 1.0)
+    monkeypatch.setattr(correction_milp, "_GROWTH", 100.0)
+    monkeypatch.setattr(correction_milp, "_BISECTIONS", 3)
+    known = Bounds(0.0, np.inf)
+    assert solve(judgement, known=known) is known
+    assert truth < np.inf
+
+
+def test_corrections_nearer_than_what_was_excluded_void_the_bounds(monkeypatch):
+    judgement = random_judgement(random_network([3, 6, 1], seed=3))
+    truth = solve(judgement).upper
+    monkeypatch.setattr(correction_milp._Search, "exclude_at_once", lambda self: self._raise(1.2 * truth, truth))
+    known = Bounds(0.0, 1.1 * truth, judgement.start)
+    assert solve(judgement, known=known) is known

@@ -286,6 +286,28 @@ def test_outputs_may_be_flat(shape: tuple[int, ...]) -> None:
     assert extract(model, torch.zeros(ROW)).network.n_outputs == n
 
 
+def test_single_output_may_lose_all_its_dimensions_by_a_last_squeeze() -> None:
+    model = nn.Sequential(randomised(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))))
+    model.append(Function(lambda x: x.squeeze()))
+    inputs = inputs_like(ROW)
+    extracted = extract(model, inputs[:1], check=inputs)
+    assert extracted.network.n_outputs == 1
+    assert deviation(extracted, model, inputs) < 1e-13
+    assert deviation(extracted, model, inputs[:1]) < 1e-13
+
+
+def test_copies_in_another_memory_format_are_followed() -> None:
+    model = nn.Sequential(
+        randomised(nn.Conv2d(4, 3, 3)), Function(lambda x: x.clone(memory_format=torch.channels_last).flatten(1))
+    )
+    assert largest_difference(model, IMAGE) < 1e-12
+
+
+def accumulated(x: Tensor) -> Tensor:
+    position = torch.zeros(len(x), dtype=torch.int64)
+    return x.clone().index_put_((torch.arange(len(x)), position), x[:, 1], accumulate=True)
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "GELU": (nn.GELU(), "1 is GELU, which is not piecewise linear and has no bounds here; ReLU-like"),
     "SiLU": (nn.SiLU(), "1 is SiLU, which is not"),
@@ -314,7 +336,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "sequence": (Function(lambda x: x.view(-1, 2, 3)), r"outputs of shape \(1, 2, 3\) for one input"),
     "no batch": (Function(lambda x: x.squeeze(0)), r"outputs of shape \(6,\) for one input"),
     "mean of the batch": (Function(lambda x: x.sum().reshape(1, 1)), "gives 1 numbers for one input but 1 "),
-    "one at a time": (Function(lambda x: x.view(1, 6)), "on one input but not on 17 together"),
+    "one at a time": (Function(lambda x: x.view(1, 6)), "on one input but not on 33 together"),
+    "accumulating": (Function(accumulated), "uses index_put, which adds to values at positions"),
     "NaN": (Function(lambda x: x / 0), "gives NaN or infinite outputs"),
     "python": (Function(lambda x: x * random.random()), "does its forward depend on the data, or on chance"),
     "numpy": (
@@ -371,6 +394,16 @@ def test_branch_that_only_the_data_reach_is_found_with_them() -> None:
     data = torch.tensor([[0.0] * 6, [100.0] * 6])
     with pytest.raises(UnsupportedNetwork, match="differ from what the network computes"):
         extract(model, example, check=data)
+
+
+@pytest.mark.parametrize("limit", [0.99, 1.05])
+def test_branch_at_the_corners_of_the_range_of_the_data_is_found(limit: float) -> None:
+    # within the range random points hardly ever have all entries so large
+    model = Function(lambda x: x * (1 + torch.from_numpy(x.numpy().min(1, keepdims=True) > limit)))
+    wide = torch.cat([torch.eye(2), 1 - torch.eye(2)])
+    model = nn.Sequential(model)
+    with pytest.raises(UnsupportedNetwork, match="differ from what the network computes"):
+        extract(model, torch.zeros(1, 2), check=wide)
 
 
 def test_analysed_relu_that_forward_does_not_have_is_found() -> None:

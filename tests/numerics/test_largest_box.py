@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from dynprobe.analyzers.numerics import empty_boxes
 from dynprobe.analyzers.numerics.box_verifier import verify
 from dynprobe.analyzers.numerics.correction_problem import Judgement
 from dynprobe.analyzers.numerics.empty_boxes import EmptyBoxes
@@ -239,6 +240,74 @@ def test_many_features_end_at_the_deadline_with_a_box_and_a_bound() -> None:
     low, high = case.box_around(point)
     assert 0 < found.volume <= found.volume_bound <= 1
     assert (found.high - found.low).sum() > 1.5 * (high - low).sum()
+
+
+def test_hundreds_of_features_end_at_the_deadline() -> None:
+    generator = np.random.default_rng(0)
+    k, hidden = 784, 64
+    network = LayeredNetwork(
+        k,
+        (
+            Layer(((0, generator.normal(size=(hidden, k)) / 28),), np.zeros(hidden), piecewise(0, 1, hidden)),
+            Layer(((1, generator.normal(size=(9, hidden)) / 8),), np.zeros(9), None),
+        ),
+    )
+    point = generator.random(k)
+    case = judgement(network, float(network(point[None]).min() - 0.05))
+    seconds, start = 0.5, time.monotonic()
+    found = largest_box(case, point, point - 1e-4, point + 1e-4, deadline=start + seconds)
+    assert time.monotonic() - start < seconds + 0.5
+    assert (found.low <= point - 1e-4).all()
+    assert (found.high >= point + 1e-4).all()
+
+
+def test_queue_that_is_full_leaves_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    k = 40
+    boxes = EmptyBoxes(np.zeros(k), np.ones(k), np.full(k, 0.4), np.full(k, 0.6))
+    boxes.add(generator.random((200, k)))
+    monkeypatch.setattr(empty_boxes, "_MOST_NUMBERS", 10_000)
+    assert boxes.largest() is None
+    assert 0 < boxes.bound <= 1
+
+
+def test_points_in_a_box_of_many_features_are_those_of_a_comparison() -> None:
+    generator = np.random.default_rng(0)
+    k = 70
+    high = np.ones(k)
+    high[[3, 40]] = 0.0  # without width: these do not count
+    boxes = EmptyBoxes(np.zeros(k), high, np.zeros(k), np.zeros(k))
+    points = generator.random((300, k)) ** 0.02
+    boxes.add(points)
+    wide = high > 0
+    expected = points[((points >= 0.8) & (points <= 1))[:, wide].all(1)]
+    assert 0 < len(expected) < 300
+    assert (boxes.inside(np.full(k, 0.8), np.ones(k)) == expected).all()
+
+
+def test_integer_features_without_room_are_searched_without_a_warning() -> None:
+    low, high, inner = np.zeros(2), np.ones(2), np.full(2, 0.5)
+    boxes = EmptyBoxes(
+        low, high, inner, inner, spacing=np.array([1.0, 0.0]), origin=np.array([0.5, 0.0])
+    )
+    boxes.add(np.array([[0.5, 0.8], [0.5, 0.1]]))
+    found = boxes.largest(above=-1.0)
+    assert found is not None
+    assert found.low == pytest.approx([0.5, 0.1])
+    assert found.high == pytest.approx([0.5, 0.8])
+
+
+def test_faces_on_a_grid_of_a_billion_steps_stay_where_they_are() -> None:
+    generator = np.random.default_rng(0)
+    width = 1e9
+    for _ in range(100):
+        low = float(generator.integers(-1000, 1000))
+        at = (np.sort(generator.integers(0, int(width), (2, 1)), 0)) / width
+        boxes = EmptyBoxes(
+            np.zeros(1), np.ones(1), at[0], at[0], spacing=np.array([1 / width]), origin=np.array([-low / width])
+        )
+        found_low, found_high = boxes.inwards(*at, at[0], at[0])
+        assert (found_low, found_high) == pytest.approx(at[:, 0], abs=1e-12)
 
 
 def test_same_box_again() -> None:

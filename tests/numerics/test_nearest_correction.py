@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -350,3 +351,34 @@ def test_the_heuristic_gives_the_same_for_the_same_seed_and_leaves_the_global_ge
     np.testing.assert_array_equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.01])
+def test_no_correction_exists_where_an_integer_feature_has_no_allowed_value(radius):
+    spacing, origin = np.array([0.2, 0.0]), np.zeros(2)
+    judgement = _judgement(_linear([1.0, 1.0], -0.9), [0.66, 0.1], radius=radius, spacing=spacing, origin=origin)
+    judgement = replace(judgement, low=np.array([0.65, 0.0]), high=np.array([0.7, 1.0]))
+    start = time.monotonic()
+    found = NearestSearch(judgement, seeds=[np.array([0.6, 0.9])]).run(deadline=start + 5, tolerance=0.01)
+    assert (found.lower, found.upper, found.centre, found.exists) == (np.inf, np.inf, None, False)
+    assert nearest_by_heuristic(judgement, deadline=start + 5, seed=0) is None
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("width", [1e3, 1e8, 1e9])
+def test_an_integer_of_a_billion_steps_may_stay_at_the_end_of_its_range(width):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        low = float(rng.integers(-1000, 1000))
+        own = float(rng.integers(0, int(width))) / width
+        judgement = _judgement(
+            _linear([1.0, 0.0], -0.5),
+            [0.2, own],
+            spacing=np.array([0.0, 1 / width]),
+            origin=np.array([0.0, -low / width]),
+        )
+        judgement = replace(judgement, low=np.array([0.0, own]), high=np.array([1.0, own]))
+        found = _run(judgement, tolerance=0.01)
+        assert found.closed(0.01)
+        assert found.upper == pytest.approx(0.300001, rel=0.01)
+        assert found.centre[1] == pytest.approx(own, abs=1e-12)
