@@ -255,8 +255,8 @@ class Judge:
         deadline = start + settings.budget * _BOX
         around = judgement.radius * (1 - settings.slack)
         if judgement.spacing is not None:  # faces of the box are whole numbers too
-            step = np.where(judgement.spacing > 0, judgement.spacing, 1.0)
-            around = np.where(judgement.spacing > 0, np.floor(around / step + 1e-9) * step, around)
+            steps = np.floor(around / judgement.step + judgement.slack)
+            around = np.where(judgement.whole, steps * judgement.step, around)
         inner_low = np.maximum(centre - around, judgement.low)
         inner_high = np.minimum(centre + around, judgement.high)
         found = largest_box(judgement, centre, inner_low, inner_high, deadline=deadline, tolerance=0.05)

@@ -35,6 +35,8 @@ _BACKWARD_COST = 1e10
 _LARGEST_OUTPUT = 100.0
 # Least unit of outputs as a part of what they may be below zero: their coefficients stay moderate.
 _LEAST_OUTPUT = 1e-4
+# Most values of an integer feature that are told apart.
+_MOST_VALUES = 1e4
 # By what share of their largest values outputs have to exceed the margin, until a centre holds when computed.
 _EXCESSES = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -62,8 +64,9 @@ class Domain:
         low = np.maximum(judgement.low, judgement.start - room)
         high = np.minimum(judgement.high, judgement.start + room)
         first, last = judgement.allowed(low, high)
-        possible = (low <= high).all() and (first <= last).all()
-        return cls(judgement, within, low, high) if possible else None
+        # an allowed value may lie between ends that rounding has swapped
+        low, high = np.where(judgement.whole, np.minimum(low, high), low), np.maximum(low, high)
+        return cls(judgement, within, low, high) if (first <= last).all() else None
 
     @property
     def unit(self) -> float:
@@ -199,8 +202,9 @@ class Model:
 
 
 def build(domain: Domain, offsets: list[Floats], bounds: LinearBounds) -> Model | None:
-    """The program of the nearest centre at which the network holds at all offsets; None if it is too large,
-    or has coefficients too large for the solver.
+    """The program of the nearest centre at which the network holds at all offsets; None if too large.
+
+    Neither is there one where the solver cannot deal with the size of a coefficient.
 
     Args:
         domain: Where centres may lie.
@@ -241,7 +245,8 @@ def _add_between(program: Program, low: Floats, high: Floats) -> Scaled:
 def _add_centre(program: Program, domain: Domain) -> Scaled:
     judgement = domain.judgement
     centre = _add_between(program, domain.low, domain.high)
-    whole = np.flatnonzero(judgement.whole)
+    # Of so many values the solver loses count. As any number they only allow more than there is.
+    whole = np.flatnonzero(judgement.whole & (domain.high - domain.low <= _MOST_VALUES * judgement.step))
     if len(whole):
         step, unit, n = judgement.step[whole], centre.unit[whole], len(whole)
         first, last = (ends[whole] for ends in judgement.allowed(domain.low, domain.high))

@@ -17,7 +17,6 @@ import numpy as np
 from dynprobe.analyzers.numerics.correction_problem import grid_slack
 from dynprobe.analyzers.numerics.layered_network import Floats
 
-
 # Features that points are compared in at a time: of many, the first already exclude most points.
 _FEATURES = 32
 # Numbers that the queue may hold: with many features every point gives as many boxes.

@@ -122,9 +122,7 @@ class _Search:
         slid = (self._slide(points, low, high, order, until) for order in orders)
         self.empty.add(np.concatenate([points, *slid]))
 
-    def _slide(
-        self, points: Floats, low: Floats, high: Floats, order: np.ndarray, until: float
-    ) -> Floats:
+    def _slide(self, points: Floats, low: Floats, high: Floats, order: np.ndarray, until: float) -> Floats:
         points, k = points.copy(), points.shape[1]
         for j in order:
             goal = np.clip(points[:, j], low[j], high[j])

@@ -27,6 +27,8 @@ from dynprobe.analyzers.numerics.window_matrices import convolution_matrix
 
 # Entries of a basis that an operation is applied to at once.
 _CHUNK = 4_000_000
+# Options of rearrangements that do not change which entry goes where.
+_WITHOUT_EFFECT = {"memory_format", "sparse_grad"}
 
 
 def _add(call: Call) -> Affine:
@@ -102,10 +104,6 @@ def _rearrange(call: Call) -> Affine:
     ]
     picked = call.func(*args)
     return stacked(forms).rows(picked.reshape(-1).long().numpy())
-
-
-# Options that do not change which entry goes where.
-_WITHOUT_EFFECT = {"memory_format", "sparse_grad"}
 
 
 def _filling(call: Call) -> float:

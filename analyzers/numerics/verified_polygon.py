@@ -38,7 +38,8 @@ class LargestPolygon:
     Args:
         vertices: Counter-clockwise, (n, 2).
         area: Share of the domain; NaN where that has no area, as one of its sides has no width.
-        area_bound: No convex set that contains the inner box, lies in the domain and holds is larger; NaN too.
+        area_bound: No convex set that contains the inner box, lies in the domain and holds is larger; NaN
+            where the area is.
     """
 
     vertices: Floats

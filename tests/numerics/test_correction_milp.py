@@ -384,7 +384,9 @@ def test_slopes_and_outputs_may_have_any_size():
 
 def test_integers_of_a_billion_steps_are_solved():
     width = 1e9
-    judgement = linear_judgement([1.0, 0.5], -1.0, spacing=np.full(2, 1 / width), origin=np.full(2, -7 / width))
+    judgement = linear_judgement(
+        [1.0, 0.5], -1.0, spacing=np.full(2, 1 / width), origin=np.full(2, -7 / width)
+    )
     found = solve(judgement)
     assert found.closed(0.01)
     assert found.upper == pytest.approx(0.251, rel=0.01)
@@ -395,7 +397,9 @@ def test_integers_of_a_billion_steps_are_solved():
 def test_a_ball_without_an_allowed_value_of_an_integer_is_excluded():
     spacing, origin = np.array([0.2, 0.0]), np.zeros(2)
     judgement = linear_judgement([1.0, 1.0], -1.0, spacing=spacing, origin=origin)
-    none = replace(judgement, start=np.array([0.66, 0.5]), low=np.array([0.65, 0.0]), high=np.array([0.7, 1.0]))
+    none = replace(
+        judgement, start=np.array([0.66, 0.5]), low=np.array([0.65, 0.0]), high=np.array([0.7, 1.0])
+    )
     assert solve(none) == replace(UNKNOWN, lower=np.inf)
 
 
@@ -433,6 +437,20 @@ def test_wrong_claims_of_the_solver_are_noticed(monkeypatch, claim, radius):
 def test_corrections_nearer_than_what_was_excluded_void_the_bounds(monkeypatch):
     judgement = random_judgement(random_network([3, 6, 1], seed=3))
     truth = solve(judgement).upper
-    monkeypatch.setattr(correction_milp._Search, "exclude_at_once", lambda self: self._raise(1.2 * truth, truth))
+    monkeypatch.setattr(
+        correction_milp._Search, "exclude_at_once", lambda self: self._raise(1.2 * truth, truth)
+    )
     known = Bounds(0.0, 1.1 * truth, judgement.start)
     assert solve(judgement, known=known) is known
+
+
+@pytest.mark.parametrize(("seed", "norm"), [(20, "l1"), (76, "l1"), (99, "linf")])
+def test_integers_of_many_steps_have_the_distance_of_branch_and_bound(seed, norm):
+    judgement = random_judgement(random_network([3, 5, 1], seed=seed), seed=seed, norm=norm)
+    spacing, origin = np.array([1e-8, 0.25, 0.0]), np.array([-486e-8, 0.05, 0.0])
+    judgement = replace(judgement, spacing=spacing, origin=origin)
+    other = NearestSearch(judgement).run(deadline=time.monotonic() + 2, tolerance=0.01)
+    found = solve(judgement)
+    assert found.closed(0.01)
+    assert found.lower <= other.upper * (1 + 1e-6)
+    assert other.lower <= found.upper * (1 + 1e-6)

@@ -298,7 +298,8 @@ def test_single_output_may_lose_all_its_dimensions_by_a_last_squeeze() -> None:
 
 def test_copies_in_another_memory_format_are_followed() -> None:
     model = nn.Sequential(
-        randomised(nn.Conv2d(4, 3, 3)), Function(lambda x: x.clone(memory_format=torch.channels_last).flatten(1))
+        randomised(nn.Conv2d(4, 3, 3)),
+        Function(lambda x: x.clone(memory_format=torch.channels_last).flatten(1)),
     )
     assert largest_difference(model, IMAGE) < 1e-12
 

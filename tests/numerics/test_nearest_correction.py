@@ -356,7 +356,9 @@ def test_the_heuristic_gives_the_same_for_the_same_seed_and_leaves_the_global_ge
 @pytest.mark.parametrize("radius", [0.0, 0.01])
 def test_no_correction_exists_where_an_integer_feature_has_no_allowed_value(radius):
     spacing, origin = np.array([0.2, 0.0]), np.zeros(2)
-    judgement = _judgement(_linear([1.0, 1.0], -0.9), [0.66, 0.1], radius=radius, spacing=spacing, origin=origin)
+    judgement = _judgement(
+        _linear([1.0, 1.0], -0.9), [0.66, 0.1], radius=radius, spacing=spacing, origin=origin
+    )
     judgement = replace(judgement, low=np.array([0.65, 0.0]), high=np.array([0.7, 1.0]))
     start = time.monotonic()
     found = NearestSearch(judgement, seeds=[np.array([0.6, 0.9])]).run(deadline=start + 5, tolerance=0.01)
