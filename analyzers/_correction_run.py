@@ -177,7 +177,10 @@ def _facts(
         "stability": np.concatenate([table.stability, np.zeros(n_more)]),
         "feature_index": columns.index,
         "direction": np.concatenate([table.direction, np.zeros(n_more, np.int64)]),
-        "max_changed": call.max_changed,
+        # where all may change, that is all columns of a category too
+        "max_changed": len(columns.names)
+        if call.max_changed == len(table.names) + len(table.groups)
+        else call.max_changed,
         "rounding_error": error,
     }
 

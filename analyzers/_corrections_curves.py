@@ -31,9 +31,10 @@ def draw_distances(panel: Any, run: JudgedRun) -> None:
     """
     stable = np.where(run.found(), run.numbers("stable_distance"), np.nan)
     lower = run.numbers("stable_lower_bound")
-    several, any_stable = stable.shape[1] > 1, bool(np.isfinite(stable).any())
+    drawn = np.flatnonzero(np.isfinite(stable).any(0))
+    several = len(drawn) > 1  # else the median hides the one
     label = "one judgement" if several else ""
-    for i in np.flatnonzero(np.isfinite(stable).any(0)):
+    for i in drawn:
         thin = {"color": DISTANCE, "linewidth": 0.5, "alpha": 0.55, "markersize": 2}
         _curve(panel, run.step, stable[:, i], label, **thin)
         if stable.shape[1] <= MOST_BANDS:
@@ -42,14 +43,12 @@ def draw_distances(panel: Any, run: JudgedRun) -> None:
     _curve(panel, run.step, _median(stable), kind, color=DISTANCE, linewidth=1.4, markersize=2)
     if run.is_stable():
         # of the same judgements, so that the two medians can be compared
-        nearest = np.where(run.found() | (not any_stable), run.numbers("distance"), np.nan)
+        nearest = np.where(run.found() | (len(drawn) == 0), run.numbers("distance"), np.nan)
         dashed = {"color": INK, "linewidth": 0.9, "linestyle": (0, (3, 1.2)), "markersize": 2}
         _curve(panel, run.step, _median(nearest), "nearest point", **dashed)
-    panel.margins(y=0.1)
-    panel.autoscale_view()
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * panel.dataLim.y1 if panel.lines and panel.dataLim.y1 > 0 else 1)
     panel.set_ylabel("distance (bold: median)" if several else "distance")
-    if not any_stable:
+    if not len(drawn):
         if not panel.lines:
             panel.set_yticks([])
         words = "no stable correction found" if run.is_stable() else "no correction found"
@@ -69,7 +68,8 @@ def _curve(panel: Any, step: Floats, values: Floats, label: str, **style: Any) -
         return
     beside = np.pad(known, 1)
     alone = np.flatnonzero(known & ~beside[:-2] & ~beside[2:])
-    panel.plot(step, values, **style, marker="o", markevery=alone.tolist(), label=label or None)
+    marks = {"marker": "o", "markevery": alone.tolist()} if len(alone) else {}
+    panel.plot(step, values, **style, **marks, label=label or None)
 
 
 def _median(values: Floats) -> Floats:

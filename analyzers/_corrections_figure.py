@@ -19,19 +19,21 @@ from dynprobe.analyzers._corrections_curves import (
 )
 from dynprobe.analyzers._corrections_panels import (
     GREY,
-    axes_of_plane,
     change_of_picture,
     draw_intervals,
     draw_picture,
-    draw_plane,
-    earlier_boxes,
-    has_target,
     interval_handles,
     picture_shape,
     plain,
-    plane_handles,
     rows_of_intervals,
     title_of,
+)
+from dynprobe.analyzers._corrections_planes import (
+    axes_of_plane,
+    draw_plane,
+    earlier_boxes,
+    has_target,
+    plane_handles,
 )
 from dynprobe.analyzers._corrections_runs import (
     ALREADY_TARGET,
@@ -87,7 +89,7 @@ def draw_corrections(result: Result, figure: Any, style: str = "") -> None:
     bands: list[_Band] = []
     if single in drawable:
         most = MOST_BESIDE_RUNS if style == "auto" and len(runs) > 1 else MOST_JUDGEMENTS
-        bands.append(_SINGLE[single](drawable[single], most))
+        bands.append(_SINGLE[single](drawable[single], most, len(judgements)))
     over_steps = any(len(run.step) > 1 for run in runs)
     if all(_nothing_to_correct(run) for run in runs):
         bands.append(_Nothing(runs))
@@ -150,9 +152,9 @@ class _Judgements:
     space: float | None = None
 
     def __init__(
-        self, judgements: list[Judgement], shown: list[Judgement], columns: int, height: float, legend: float
+        self, n_all: int, shown: list[Judgement], columns: int, height: float, legend: float
     ) -> None:
-        self.all, self.shown = len(judgements), shown
+        self.all, self.shown = n_all, shown
         self.columns = min(columns, len(shown))
         self.rows = math.ceil(len(self.shown) / self.columns)
         self.heights = [height] * self.rows
@@ -169,8 +171,9 @@ class _Judgements:
     def add_legend(self, figure: Any, handles: dict[str, Any]) -> None:
         """Above all panels, with a word on what is left out."""
         title = f"{len(self.shown)} of {self.all} judgements, at the last checkpoint"
-        widest = max(3.6 * len(name) + 24 for name in handles)
-        columns = min(len(handles), int(72 * figure.get_size_inches()[0] // widest))
+        widths = [3.4 * len(name) + 26 for name in handles]  # points, about
+        room = 72 * figure.get_size_inches()[0]
+        columns = len(handles) if sum(widths) <= room else int(room // max(widths))
         figure.legend(
             list(handles.values()),
             list(handles),
@@ -182,11 +185,11 @@ class _Judgements:
 
 
 class _Planes(_Judgements):
-    def __init__(self, judgements: list[Judgement], most: int) -> None:
+    def __init__(self, judgements: list[Judgement], most: int, n_all: int) -> None:
         # an empty plane is all that there is to see where the target is nowhere decided
         shown = [(run, i) for run, i in judgements if has_target(run, i)][:most] or judgements[:most]
         many = len(shown) > 1
-        super().__init__(judgements, shown, 2 if len(shown) in (2, 4) else 3, 2.2 if many else 2.9, 0.35)
+        super().__init__(n_all, shown, 2 if len(shown) in (2, 4) else 3, 2.2 if many else 2.9, 0.35)
         self.width = WIDTH if many else 3.6
 
     def draw(self, figure: Any, place: Any) -> None:
@@ -222,9 +225,9 @@ class _Planes(_Judgements):
 class _Intervals(_Judgements):
     space = 0.08  # numbers right of a panel are not to touch the names of the next
 
-    def __init__(self, judgements: list[Judgement], most: int) -> None:
+    def __init__(self, judgements: list[Judgement], most: int, n_all: int) -> None:
         shown = judgements[:most]
-        super().__init__(judgements, shown, 2, 0.0, 0.25)
+        super().__init__(n_all, shown, 2, 0.0, 0.25)
         counts = [len(rows_of_intervals(run, i)) for run, i in shown]
         self.rooms = [max(2, *counts[k : k + self.columns]) for k in range(0, len(shown), self.columns)]
         self.heights = [0.5 + 0.19 * room for room in self.rooms]
@@ -240,8 +243,8 @@ class _Intervals(_Judgements):
 
 
 class _Pictures(_Judgements):
-    def __init__(self, judgements: list[Judgement], most: int) -> None:
-        super().__init__(judgements, judgements[:most], 3, 2.3, 0.2)
+    def __init__(self, judgements: list[Judgement], most: int, n_all: int) -> None:
+        super().__init__(n_all, judgements[:most], 3, 2.3, 0.2)
         self.width = WIDTH if self.columns > 1 else 3.6
 
     def draw(self, figure: Any, place: Any) -> None:
@@ -337,7 +340,7 @@ class _Nothing:
         panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY)
 
 
-_SINGLE: dict[str, Callable[[list[Judgement], int], _Band]] = {
+_SINGLE: dict[str, Callable[[list[Judgement], int, int], _Band]] = {
     "plane": _Planes,
     "intervals": _Intervals,
     "images": _Pictures,

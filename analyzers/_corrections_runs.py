@@ -159,11 +159,23 @@ class JudgedRun:
         share = size[moved] / np.where(high > low, high - low, 1.0)[moved]
         return moved[np.argsort(-share, kind="stable")]
 
+    def leaving(self, sample: int) -> NDArray[np.intp]:
+        """Which features have to change at the last checkpoint: the box excludes their judged values.
+
+        What the stable correction changes, where there is no box.
+        """
+        moved = self.moved(sample)
+        low, high, value = (self.numbers(n)[-1, sample][moved] for n in ("box_low", "box_high", "value"))
+        lowest, highest = (end[moved] for end in self.allowed(sample))
+        slack = _SINGLE_PRECISION * np.fmax(highest - lowest, np.abs(value))
+        inside = (value >= low - slack) & (value <= high + slack)
+        return moved if inside.all() else moved[~inside]
+
     def varying(self, sample: int) -> NDArray[np.intp]:
-        """Which features the stable correction leaves as they are, though its box has a width in them."""
+        """Which other features its box has a width in: they may stay as they are."""
         low, high = (self.numbers(f"box_{end}")[-1, sample] for end in ("low", "high"))
         wide = np.flatnonzero(np.nan_to_num(high - low) > 0)
-        return np.setdiff1d(wide, self.moved(sample))
+        return np.setdiff1d(wide, self.leaving(sample))
 
     def polygon(self, sample: int) -> Floats:
         """Vertices of the polygon at the last checkpoint, (n_vertices, 2); none where there is none."""

@@ -12,6 +12,7 @@ from dynprobe.analyzers._corrections_runs import (
     FOUND,
     NONE_EXISTS,
     OPTIMAL,
+    STABLE,
     TIMEOUT,
     UNSUPPORTED,
     JudgedRun,
@@ -161,7 +162,7 @@ def _judgement(run: JudgedRun, i: int) -> str:
 
 def _found(run: JudgedRun, i: int) -> str:
     distance, lower = (float(run.numbers(n)[-1, i]) for n in ("stable_distance", "stable_lower_bound"))
-    changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in run.moved(i)]
+    changes = [f"{run.features[j]} {change_text(run, i, int(j))}" for j in run.leaving(i)]
     flip, them = ("flips it", "it") if len(changes) == 1 else ("flip it", "them")
     text = f"{listed(changes, noun='features')} {flip}{_beside(run, i, them)}{_polygon(run, i)}"
     text += f"; distance {distance:.3g}"
@@ -173,7 +174,7 @@ def _found(run: JudgedRun, i: int) -> str:
 
 
 def change_text(run: JudgedRun, i: int, j: int) -> str:
-    """A feature at the last checkpoint: `44 → [20, 38]`, or `in [20, 38]` where it is not changed.
+    """A feature at the last checkpoint: `44 → [20, 38]`, or `in [20, 38]` where it may stay as it is.
 
     Args:
         run: With a correction of this judgement; a nearest point where there is no stable one.
@@ -185,9 +186,9 @@ def change_text(run: JudgedRun, i: int, j: int) -> str:
         float(run.numbers(n)[-1, i, j]) for n in ("value", "box_low", "box_high", correction)
     )
     lowest, highest = (float(end[j]) for end in run.allowed(i))
-    if not math.isfinite(low + high):  # a point that flips it, around which no box was measured
+    if correction != STABLE or not math.isfinite(low + high):  # a point, around which no box was measured
         low = high = point
-    if j in run.moved(i, correction):
+    if j in (run.leaving(i) if correction == STABLE else run.moved(i, correction)):
         return change(value, low, high, highest - lowest)
     return f"in {interval(low, high, highest - lowest)}"
 
@@ -241,7 +242,8 @@ def _ranges(run: JudgedRun, i: int) -> str:
     low, high = run.reachable(i)
     lowest, highest = run.allowed(i)
     ranges = [interval(float(low[j]), float(high[j]), float(highest[j] - lowest[j])) for j in run.chosen]
-    return f"within {listed(ranges)}"
+    same = len(ranges) > 1 and len(set(ranges)) == 1
+    return f"within {ranges[0]} each" if same else f"within {listed(ranges)}"
 
 
 def _none_exists(run: JudgedRun, i: int) -> str:

@@ -175,6 +175,15 @@ def with_polygons(pieces):
     return pieces
 
 
+def with_facts(result, **facts):
+    """With variables that reports of earlier versions lack."""
+    dims = {"max_changed": (), "direction": ("feature",)}
+    for name, value in facts.items():
+        own = dims.get(name, ("sample", "feature"))
+        result.arrays[name] = Array(("checkpoint", *own), np.array([value], dtype=float))
+    return result
+
+
 def stacked(*runs):
     """Runs, each a list of pieces, as one result."""
     return stack("corrections", "checkpoint", [piece for run in runs for piece in run], {})
