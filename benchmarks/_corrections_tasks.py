@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import h5py
@@ -201,7 +201,8 @@ def pairs(net: Net, sample: int, features: Sequence[int], target: int) -> list[t
     found = []
     for two in itertools.combinations(features, 2):
         case = judged(net, sample, two, target)
-        found.append((case, Way(two, case.judgement, case.point, 0.0, target)))
+        made = partial(replace, case.judgement)
+        found.append((case, Way(two, made, case.point, 0.0, target, "l1", True)))
     return found
 
 
