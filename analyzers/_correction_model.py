@@ -23,7 +23,10 @@ _SATURATED = 1e-3
 """Probabilities nearer to 0 or 1 do not tell in float32 what the outputs before were."""
 
 _UNTOLD = 1e-5
-"""Of the outputs, their error where no probability tells them: a hundred units of float32."""
+"""Of the outputs, their error where few probabilities tell them: a hundred units of float32."""
+
+_OFTEN = 0.05
+"""Part of the probabilities that must tell them to be relied on alone."""
 
 
 class Classifier:
@@ -123,9 +126,9 @@ class Classifier:
             largest = own.argmax(1)[:, None]
             own = own - np.take_along_axis(own, largest, 1)
             layers = layers - np.take_along_axis(layers, largest, 1)
-        if not told.any():
-            return float(_UNTOLD * np.abs(layers).max())
-        return float(np.abs(own - layers)[told].max())
+            np.put_along_axis(told, largest, False, 1)  # whose difference is none
+        measured = float(np.abs(own - layers)[told].max()) if told.any() else 0.0
+        return measured if told.mean() > _OFTEN else max(measured, float(_UNTOLD * np.abs(layers).max()))
 
 
 def _level(threshold: float | None, dropped: str) -> float:
@@ -134,6 +137,8 @@ def _level(threshold: float | None, dropped: str) -> float:
     Raises:
         OptionError: If it is no probability where the network gives one.
     """
+    if threshold is not None and not math.isfinite(threshold):
+        raise OptionError(f"--threshold {threshold:g} is not finite.", "An output that decides is.")
     if not dropped.endswith("sigmoid"):
         return 0.0 if threshold is None else threshold
     level = 0.5 if threshold is None else threshold

@@ -44,6 +44,7 @@ class Record:
     stable_lower_bound: float = NAN
     volume: float = NAN
     volume_bound: float = NAN
+    nearest_target: int = -1
     margin: float = NAN
     n_unstable: float = NAN
     n_boxes: float = NAN

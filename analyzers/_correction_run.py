@@ -114,12 +114,9 @@ def judge_all(
 
     chosen = run.cached(("corrections", str(call)), choose) if run is not None else choose()
     points = flatten(inputs, chosen.index)
-    error = _rounding_error(classifier, call.table, points, call.settings.seed)
-    scale = float(np.abs(classifier.network(points)).max())
-    rules = Rules(
-        call.table, call.norm, call.max_changed, max(_TIMES_ERROR * error, _LEAST * max(scale, 1.0))
-    )
-    others, notes = _others(call, run, inputs, classifier)
+    error, margin = _margin(classifier, call.table, points, call.settings.seed)
+    rules = Rules(call.table, call.norm, call.max_changed, margin)
+    others, notes = _others(call, run, inputs, classifier, points)
     judge = Judge(classifier, rules, call.settings, others=list(others.values()))
     decided = classifier.decides(points)
     records = []
@@ -288,6 +285,13 @@ def _rounding_error(classifier: Classifier, table: FeatureTable, points: Floats,
     return classifier.rounding_error(np.concatenate([points, probes]))
 
 
+def _margin(classifier: Classifier, table: FeatureTable, points: Floats, seed: int) -> tuple[float, float]:
+    """The measured rounding error of a network, and the least lead of an output that counts there."""
+    error = _rounding_error(classifier, table, points, seed)
+    scale = float(np.abs(classifier.network(points)).max())
+    return error, max(_TIMES_ERROR * error, _LEAST * max(scale, 1.0))
+
+
 def _before(previous: Any, index: np.ndarray, i: int) -> Before | None:
     """What the checkpoint before said about the same input."""
     if previous is None or not np.array_equal(previous["sample"], index):
@@ -296,12 +300,13 @@ def _before(previous: Any, index: np.ndarray, i: int) -> Before | None:
     if target < 0:
         return None
     box = ReportedBox(np.asarray(previous["box_low"][i]), np.asarray(previous["box_high"][i]))
-    return Before(np.asarray(previous["nearest"][i]), np.asarray(previous["corrected"][i]), box, target)
+    nearest, corrected = np.asarray(previous["nearest"][i]), np.asarray(previous["corrected"][i])
+    return Before(nearest, int(previous["nearest_target"][i]), corrected, box, target)
 
 
 def _others(
-    call: Call, run: Any, inputs: Tensor, classifier: Classifier
-) -> tuple[dict[str, Classifier | None], list[str]]:
+    call: Call, run: Any, inputs: Tensor, classifier: Classifier, points: Floats
+) -> tuple[dict[str, tuple[Classifier, float] | None], list[str]]:
     """The last checkpoint of each run of the call, by the run's name; None where it cannot be used."""
     if not call.transfer:
         return {}, []
@@ -311,19 +316,20 @@ def _others(
             "--transfer tries boxes on the runs of the call, and there are none.", "Leave it out."
         )
 
-    def make() -> tuple[dict[str, Classifier | None], list[str]]:
-        found: dict[str, Classifier | None] = {}
+    def make() -> tuple[dict[str, tuple[Classifier, float] | None], list[str]]:
+        found: dict[str, tuple[Classifier, float] | None] = {}
         notes = []
         for other in runs:
             try:
                 there, more = _last(other, inputs, call.threshold)
                 if there.n_classes != classifier.n_classes:
                     raise OptionError(f"it decides between {there.n_classes} classes", "")
-                found[other.name] = there
+                # measured now: the module that it holds is filled with the next run's weights
+                found[other.name] = there, _margin(there, call.table, points, call.settings.seed)[1]
                 notes += more
             except Exception as error:
                 found[other.name] = None
                 notes.append(f"boxes were not tried on {other.name}: {error}")
         return found, notes
 
-    return run.cached(("corrections", "others", str(call.threshold)), make)  # type: ignore[no-any-return]
+    return run.cached(("corrections", "others", str(call)), make)  # type: ignore[no-any-return]

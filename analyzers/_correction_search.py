@@ -262,7 +262,7 @@ def nearest(
     first = [i for i, way in enumerate(ways) if known_points[id(way)]]
     while True:
         best = float(upper.min())
-        enough = best * (1 - tolerance)
+        enough = best * (1 - tolerance) if best < math.inf else math.inf
         open_ = np.flatnonzero((lower < enough) & ~exhausted)
         if not len(open_) or time.monotonic() > deadline:
             break

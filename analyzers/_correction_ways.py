@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -94,11 +94,11 @@ def ways_of(
     for target, (categories, changed, n_changed, base) in itertools.product(
         by_lead, _category_choices(rules, point)
     ):
-        size = min(rules.max_changed - n_changed, len(table.names))
+        size = max(_sizes(rules, n_changed))
         lead = float(classifier.margins(target)(changed[None]).min())
         subsets = [
             columns
-            for n in _sizes(size, len(table.names))
+            for n in _sizes(rules, n_changed)
             for columns in itertools.combinations(range(len(table.names)), n)
         ]
         floors = _floors(rules, classifier, changed, subsets, target, deadline)
@@ -112,9 +112,34 @@ def ways_of(
     return found
 
 
-def _sizes(most: int, k: int) -> Sequence[int]:
-    """Sizes of subsets: all at once, or up to `most`: where fewer features change, fewer need be stable."""
-    return (most,) if most in (0, k) else range(1, most + 1)
+def _sizes(rules: Rules, n_categories_changed: int) -> Sequence[int]:
+    """How many numbers may change beside so many categories.
+
+    All at once, where everything may; else up to as many as are left: where fewer change, fewer need be
+    stable.
+    """
+    k, n_groups = len(rules.table.names), len(rules.table.groups)
+    if rules.max_changed >= k + n_groups:
+        return (k,)
+    most = min(rules.max_changed - n_categories_changed, k)
+    return range(0 if n_categories_changed else min(1, most), most + 1)
+
+
+def _n_choices(table: FeatureTable, most: int) -> list[int]:
+    """In how many ways n of the one-hot features may change their category, for n up to `most`."""
+    ways = [1]
+    for group in table.groups:
+        others = len(group.categories) - 1
+        ways = [a + others * b for a, b in zip([*ways, 0], [0, *ways], strict=True)]
+    return ways[: most + 1]
+
+
+def _n_ways(rules: Rules) -> int:
+    k = len(rules.table.names)
+    return sum(
+        n_choices * sum(math.comb(k, size) for size in _sizes(rules, n_changed))
+        for n_changed, n_choices in enumerate(_n_choices(rules.table, rules.max_changed))
+    )
 
 
 def _check_number(rules: Rules, n_targets: int) -> None:
@@ -123,17 +148,20 @@ def _check_number(rules: Rules, n_targets: int) -> None:
     Raises:
         OptionError: If there are more than `MOST_WAYS`.
     """
-    k = len(rules.table.names)
-    n_subsets = sum(math.comb(k, n) for n in _sizes(min(rules.max_changed, k), k))
-    n_categories = math.prod(len(group.categories) for group in rules.table.groups)
-    if n_subsets * n_targets * n_categories > MOST_WAYS:
-        times = f", times {n_targets} classes" if n_targets > 1 else ""
-        times += f", times {n_categories} combinations of categories" if n_categories > 1 else ""
-        raise OptionError(
-            f"up to {rules.max_changed} of {k} features can be chosen in {n_subsets:,} ways{times}, and at "
-            f"most {MOST_WAYS:,} are searched.",
-            f"Choose fewer --features, or --max-changed 1, or --max-changed {k} to change all at once.",
-        )
+    n_ways = _n_ways(rules)
+    if n_ways * n_targets <= MOST_WAYS:
+        return
+    k = len(rules.table.names) + len(rules.table.groups)
+    times = f", times {n_targets} classes" if n_targets > 1 else ""
+    whole = replace(rules, max_changed=k)
+    at_once = (
+        f", or --max-changed {k} to change all at once" if _n_ways(whole) * n_targets <= MOST_WAYS else ""
+    )
+    raise OptionError(
+        f"up to {rules.max_changed} of {k} features can be chosen in {n_ways:,} ways{times}, and at most "
+        f"{MOST_WAYS:,} are searched.",
+        f"Choose fewer --features{', or a smaller --max-changed' if rules.max_changed > 1 else ''}{at_once}.",
+    )
 
 
 def _floors(
@@ -174,18 +202,17 @@ def _category_choices(rules: Rules, point: Floats) -> Iterator[tuple[tuple[int, 
     """Every choice of categories: their positions, the input with them, how many differ, and their cost."""
     groups = rules.table.groups
     own = [int(group.category(point)) for group in groups]
-    for chosen in itertools.product(*(range(len(group.categories)) for group in groups)):
-        differs = [a != b for a, b in zip(chosen, own, strict=True)]
-        n_changed = sum(differs)
-        if n_changed > rules.max_changed:
-            continue
-        changed = point.copy()
-        for group, position, differ in zip(groups, chosen, differs, strict=True):
-            if differ:  # an unchanged category stays bit for bit what it was
-                changed[group.index] = group.inputs(position)
-        costs = [group.weight for group, differ in zip(groups, differs, strict=True) if differ]
-        base = (math.fsum(costs) if rules.norm == "l1" else max(costs)) if costs else 0.0
-        yield tuple(chosen), changed, n_changed, base
+    for n_changed in range(min(rules.max_changed, len(groups)) + 1):
+        for which in itertools.combinations(range(len(groups)), n_changed):
+            others = [[c for c in range(len(groups[i].categories)) if c != own[i]] for i in which]
+            costs = [groups[i].weight for i in which]
+            base = (math.fsum(costs) if rules.norm == "l1" else max(costs)) if costs else 0.0
+            for chosen in itertools.product(*others):
+                changed, positions = point.copy(), list(own)
+                for i, position in zip(which, chosen, strict=True):  # all others keep their bits
+                    changed[groups[i].index] = groups[i].inputs(position)
+                    positions[i] = position
+                yield tuple(positions), changed, n_changed, base
 
 
 def _judgement(

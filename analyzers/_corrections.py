@@ -68,6 +68,7 @@ class Before:
     """What the checkpoint before said about the same input."""
 
     nearest: Floats
+    nearest_target: int
     corrected: Floats
     box: ReportedBox
     target: int
@@ -81,13 +82,13 @@ class Judge:
         classifier: The checkpoint's network.
         rules: What may change.
         settings: How hard to try.
-        others: Networks on which the boxes are tried too.
+        others: Networks on which the boxes are tried too, each with the margin for its own rounding error.
     """
 
     classifier: Classifier
     rules: Rules
     settings: Settings
-    others: Sequence[Classifier | None] = ()
+    others: Sequence[tuple[Classifier, float] | None] = ()
 
     @property
     def _table(self) -> FeatureTable:
@@ -96,6 +97,11 @@ class Judge:
     @property
     def _verified(self) -> float:
         return _ROOM * self.rules.margin
+
+    @property
+    def _grace(self) -> float:
+        """Seconds for what must come after a search has used its time."""
+        return max(0.3, 0.1 * self.settings.budget)
 
     @cached_property
     def columns(self) -> Columns:
@@ -190,7 +196,8 @@ class Judge:
         if not self._confirmed(record, point, found.way.target):
             record.nearest_outcome = "timeout"
             return
-        record.distance, record.nearest, record.target = found.upper, shown, found.way.target
+        record.distance, record.nearest = found.upper, shown
+        record.nearest_target = record.target = found.way.target
 
     def _tell_stable(self, record: Record, found: Found) -> None:
         record.outcome = self._outcome(found)
@@ -262,7 +269,7 @@ class Judge:
         found = largest_box(judgement, centre, inner_low, inner_high, deadline=deadline, tolerance=0.05)
         box = self._reported(way, found.low, found.high)
         checked = holds(
-            self.classifier, self.columns, way.point, box, way.target, self._verified, deadline + 1
+            self.classifier, self.columns, way.point, box, way.target, self._verified, deadline + self._grace
         )
         if not checked.holds:
             record.notes.append(
@@ -272,21 +279,25 @@ class Judge:
             )
             return
         record.box_low, record.box_high = box.low, box.high
+        sides = judgement.high - judgement.low
+        reach = float(np.prod(sides[sides > 0]))  # what directions leave of the allowed ranges
         if found.volume > 0 or (found.low == found.high).any():  # else too small for a number
-            record.volume, record.volume_bound = found.volume, found.volume_bound
+            record.volume, record.volume_bound = reach * found.volume, reach * found.volume_bound
         has_area = judgement.n_features == 2 and bool((judgement.low < judgement.high).all())
         if settings.shape == "polygon" and has_area:
             # its bound is seldom within the tolerance, and more time then finds little more
-            until = min(deadline + 1, time.monotonic() + max(1.0, _GROWN * settings.budget))
+            until = min(deadline, time.monotonic()) + max(self._grace, _GROWN * settings.budget)
             polygon = largest_polygon(
                 judgement, centre, found.low, found.high, deadline=until, tolerance=0.05
             )
             vertices = np.stack([shown_of(self._table, way, vertex) for vertex in polygon.vertices])
             shape = self.classifier, self.columns, way.point, way.columns, vertices, way.target
-            if polygon_holds(*shape, self._verified, deadline + 2).holds:
+            if polygon_holds(*shape, self._verified, until + self._grace).holds:
                 record.polygon = vertices[:PADDING]
-                record.volume, record.volume_bound = polygon.area, polygon.area_bound
-                tried, failed = sample_polygon(*shape, settings.n_sampled, settings.seed, deadline + 3)
+                record.volume, record.volume_bound = reach * polygon.area, reach * polygon.area_bound
+                tried, failed = sample_polygon(
+                    *shape, settings.n_sampled, settings.seed, until + 2 * self._grace
+                )
                 record.n_sampled, record.sampled_failures = float(tried), float(failed)
             else:
                 record.notes.append("a polygon was left out: it was not verified as reported")
@@ -298,7 +309,7 @@ class Judge:
             way.target,
             settings.n_sampled,
             settings.seed,
-            start + settings.budget * _SAMPLED + 1,
+            start + settings.budget * _SAMPLED + self._grace,
         )
         record.n_sampled = np.nan_to_num(record.n_sampled) + float(tried)
         record.sampled_failures = np.nan_to_num(record.sampled_failures) + float(failed)
@@ -334,10 +345,13 @@ class Judge:
     def _holds_here(self, point: Floats, box: ReportedBox, target: int) -> float:
         return self._answer(self.classifier, point, box, target, self._verified)
 
-    def _holds_at(self, other: Classifier | None, point: Floats, box: ReportedBox, record: Record) -> float:
+    def _holds_at(
+        self, other: tuple[Classifier, float] | None, point: Floats, box: ReportedBox, record: Record
+    ) -> float:
         if other is None or not box.is_known:
             return NAN
-        return self._answer(other, point, box, record.target, self._verified)
+        classifier, margin = other
+        return self._answer(classifier, point, box, record.target, _ROOM * margin)
 
     def _answer(
         self, classifier: Classifier, point: Floats, box: ReportedBox, target: int, margin: float
@@ -354,13 +368,14 @@ def _seeds(
     if before is None:
         return []
     values = before.corrected if stable else before.nearest
+    target = before.target if stable else before.nearest_target
     if not np.isfinite(values).all():
         return []
     for way in ways:
         own = columns.shown(way.point)
         others = np.ones(len(own), bool)
         others[list(way.columns)] = False
-        if way.target == before.target and (own[others] == values[others]).all():
+        if way.target == target and (own[others] == values[others]).all():
             units = units_of(table, way, values[list(way.columns)])
             return [(way, np.clip(units, way.judgement.low, way.judgement.high))]
     return []

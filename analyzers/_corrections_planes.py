@@ -75,6 +75,8 @@ def draw_plane(panel: Any, run: JudgedRun, sample: int, colour_of: Any) -> None:
 def nearest_in_plane(run: JudgedRun, sample: int) -> bool:
     """Whether the nearest correction lies in the plane that is drawn: it may change other features."""
     known = np.isfinite(run.numbers("distance")[-1, sample])
+    if "nearest_target" in run:  # of several classes that were allowed it may have found another one
+        known &= run["nearest_target"][-1, sample] == run["target"][-1, sample]
     return bool(known and set(run.moved(sample, NEAREST)) <= set(axes_of_plane(run, sample)))
 
 

@@ -18,6 +18,7 @@ from dynprobe.analyzers._corrections import Settings
 from dynprobe.analyzers._corrections_figure import draw_corrections
 from dynprobe.analyzers._corrections_summary import SUMMARY_RETURNS, summarise
 from dynprobe.analyzers._sampling import check_seed
+from dynprobe.analyzers.numerics.params import frozen_eval
 
 
 def _of_sample(what: str, units: str = "", error: str = "") -> Var:
@@ -46,6 +47,7 @@ RETURNS = {
     "stable_distance": _of_sample("Distance of the nearest stable correction found"),
     "stable_lower_bound": _of_sample("No stable correction is nearer"),
     "outcome": _of_sample("Stable correction: " + ", ".join(OUTCOMES)),
+    "nearest_target": _of_sample("Class of the nearest correction, which may be another one"),
     "nearest_outcome": _of_sample("Nearest correction: the same words"),
     "decided": _of_sample("Class that is decided"),
     "label": _of_sample("Class in the data; -1 where there is none"),
@@ -177,7 +179,7 @@ def corrections(
     Needs a network of affine layers with ReLU-like activations, tanh or sigmoid; anything else is refused by
     name. Features, ranges, costs, samples and targets are fixed once for all checkpoints.
 
-    Cost: at most `budget` seconds for each sample at each checkpoint, usually far less for up to five
+    Cost: at most about `budget` seconds for each sample at each checkpoint, usually far less for up to five
     features at once.
 
     Args:
@@ -233,22 +235,16 @@ def corrections(
     table = read_features(
         batches, features=features, feature_file=feature_file, ranges=ranges, stability=stability
     )
-    return judge_all(
-        model,
-        batches,
-        Call(
-            table,
-            sample,
-            samples,
-            target,
-            distance,
-            most_changed(max_changed, table, shape),
-            threshold,
-            transfer,
-            Settings(budget, tolerance, slack, shape, sampled, seed),
-        ),
-        run=run,
-        previous=previous,
-        partial=partial,
-        progress=progress,
+    call = Call(
+        table,
+        sample,
+        samples,
+        target,
+        distance,
+        most_changed(max_changed, table, shape),
+        threshold,
+        transfer,
+        Settings(budget, tolerance, slack, shape, sampled, seed),
     )
+    with frozen_eval(model):
+        return judge_all(model, batches, call, run=run, previous=previous, partial=partial, progress=progress)

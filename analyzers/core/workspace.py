@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dynprobe.analyzers.core.contract import OptionError
 
@@ -183,24 +183,42 @@ class Run:
     def content_hashes(self, which: int | str) -> list[str]:
         """Content hashes of what `which` names, or of `all`; remembered while the file is the same.
 
-        `others` stands for the last checkpoint of every run of the call, with the name of the run.
+        `others` stands for the last checkpoint of every run of the call, with the name of the run. Where the
+        last one cannot be used those before it count too, up to one that can and may stand in for it.
 
         A checkpoint that cannot be read counts as such: an analyzer may go on without it.
         """
         if which == "others":
-            return [f"{run.name} {run.content_hashes('last')[0]}" for run in self.others]
+            return [f"{run.name} {' '.join(run.content_hashes('last'))}" for run in self.others]
+        if which == "last":
+            return self._hashes_from_the_last()
         names: list[int | str] = list(range(len(self))) if which == "all" else [which]
+        return [self._content(name)[0] for name in names]
+
+    def _hashes_from_the_last(self) -> list[str]:
         found = []
-        for name in names:
-            checkpoint = self.resolve(name)
-            stamp = ("content hash", str(checkpoint.path), _stamp(checkpoint.path))
-            try:
-                if stamp not in self._cache or not stamp[-1]:
-                    self._cache[stamp] = checkpoint.load().hash
-                found.append(str(self._cache[stamp]))
-            except Exception as error:
-                found.append(f"broken: {error}")
+        for position in reversed(range(len(self))):
+            content, usable = self._content(position)
+            found.append(content)
+            if usable:
+                break
         return found
+
+    def _content(self, which: int | str) -> tuple[str, bool]:
+        """Hash of a checkpoint, or what is wrong with it; and whether its numbers are all finite."""
+        checkpoint = self.resolve(which)
+        stamp = ("content hash", str(checkpoint.path), _stamp(checkpoint.path))
+        if stamp in self._cache and stamp[-1]:
+            return cast("tuple[str, bool]", self._cache[stamp])
+        try:
+            loaded = checkpoint.load()
+        except Exception as error:
+            return f"broken: {error}", False
+        floats = [
+            t.float() if t.element_size() == 1 else t for t in loaded.state.values() if t.is_floating_point()
+        ]
+        self._cache[stamp] = str(loaded.hash), all(bool(t.isfinite().all()) for t in floats)
+        return cast("tuple[str, bool]", self._cache[stamp])
 
     def state(self, which: int | str) -> State:
         """The tensors of one checkpoint under the model's own names, on the CPU."""

@@ -740,3 +740,102 @@ def test_maps_are_least_margins_over_the_two_features():
         outputs = model(torch.from_numpy(points)).numpy()
     expected = (outputs[:, 1] - outputs[:, 0]).reshape(n, n).T
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+
+
+# What a review found
+
+
+def test_with_a_category_too_more_changes_allowed_are_never_worse(facts):
+    """Class 1 is decided where x > 0.5 and y is almost 0.5: to change both is not stable, x alone is."""
+    rng = np.random.default_rng(0)
+    values = np.column_stack([rng.random((60, 2)), np.eye(2)[rng.integers(0, 2, 60)]])
+    values[0] = [0.2, 0.5, 1, 0]
+    hidden = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    model = two_classes([1.0, -100, -100, -10], -0.5, (hidden, [0.0, -0.51, 0.49, 0.0]))
+    data = Data(values, names=("x", "y", "p", "q"))
+    file = facts('[[one_hot]]\nname = "h"\nfeatures = ["p", "q"]\n')
+    found = [
+        judged(model, data, sample="0", features="x,y,h", feature_file=file, max_changed=most, sampled=0)
+        for most in (1, 2)
+    ]
+    assert [f["outcome"][0] for f in found] == ["optimal", "optimal"]
+    assert found[1]["stable_distance"][0] == pytest.approx(found[0]["stable_distance"][0], rel=0.01)
+
+
+def test_so_many_categories_are_searched_where_one_of_them_may_change(facts):
+    kinds = 12
+    rng = np.random.default_rng(0)
+    names = [f"{letter}{i}" for i in range(kinds) for letter in "abc"]
+    values = np.column_stack([np.eye(3)[rng.integers(0, 3, 40)] for _ in range(kinds)])
+    text = "".join(
+        f'[[one_hot]]\nname = "k{i}"\nfeatures = ["a{i}", "b{i}", "c{i}"]\nweight = {1 + i}\n'
+        for i in range(kinds)
+    )
+    weights = np.zeros(3 * kinds)
+    weights[3 * 4] = 1.0  # what decides is whether the fifth feature is a
+    values[0, 12:15] = [0, 1, 0]
+    model, data = two_classes(weights, -0.5), Data(values, names=names)
+    found = judged(
+        model, data, sample="0", features="all", feature_file=facts(text), max_changed=1, target="1"
+    )
+    assert found["distance"][0] == 5.0
+    with pytest.raises(OptionError, match="531,441 ways"):
+        judged(model, data, sample="0", features="all", feature_file=facts(text), max_changed=12, target="1")
+
+
+def test_a_softmax_that_hides_the_outputs_makes_the_margin_no_smaller():
+    """Logits of 2^17 (x + 64 - 64.5) in float32 are off by half a unit; behind a softmax nothing tells."""
+    scale = 2.0**17
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2), nn.Softmax(1)).eval()
+    with torch.no_grad():
+        model[0].weight[:], model[0].bias[:] = 1, 64
+        model[2].weight[:] = torch.tensor([[0.0], [scale]])
+        model[2].bias[:] = torch.tensor([0.0, -64.5 * scale])
+    data = Data([[0.2], [0.0], [1.0]], names=("x",), dtype=torch.float32)
+    found = judged(model, data, sample="0", features="x", ranges="0:100", stability="0", sampled=2000)
+    assert found["rounding_error"] >= 0.5
+    assert not found["sampled_failures"][0] > 0
+
+
+def test_a_model_in_training_mode_is_judged_in_eval_mode_and_left_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2))
+    model.double().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = judged(model, Data(square()), sample="0", features="0,1", sampled=100)
+    assert found["rounding_error"] < 1e-12
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf])
+def test_a_threshold_that_is_no_number_is_refused(threshold):
+    with pytest.raises(OptionError, match="is not finite"):
+        judged(net(([1.0, 0.0], -0.5)), Data(square()), sample="0", features="0,1", threshold=threshold)
+
+
+def test_with_any_gap_tolerated_something_is_found_still():
+    model = two_classes([1.0, 0.0], -0.5)
+    data = Data([[0.0, 0.0], [1.0, 1.0]])
+    found = judged(model, data, sample="0", features="0", tolerance=1.0, stability="0")
+    assert found["distance"][0] >= 0.5 * (1 - 1e-6)
+
+
+def test_a_volume_is_part_of_the_allowed_ranges_whatever_the_directions(facts):
+    """Class 1 is decided where x < 0.3; x may only shrink and y only grow, from 0.5 each."""
+    data = Data([[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]], names=("x", "y"))
+    file = facts('[features.x]\ndirection = "down"\n[features.y]\ndirection = "up"\n')
+    model = two_classes([-1.0, 0.0], 0.3)
+    found = judged(model, data, sample="0", features="x,y", feature_file=file, stability="0", sampled=100)
+    sides = found["box_high"][0] - found["box_low"][0]
+    assert found["volume"][0] == pytest.approx(np.prod(sides), rel=1e-6)
+    assert found["volume"][0] == pytest.approx(0.3 * 0.5, rel=0.01)
+
+
+def test_the_nearest_correction_says_which_class_it_is_of():
+    """A sliver of class 1 at 0.3, too thin to be stable, and class 2 from 0.6 on."""
+    hidden = (np.ones((3, 1)), [-0.29, -0.3, -0.31])
+    model = net(hidden, ([[0, 0, 0], [300, -600, 300], [20, 0, 0]], [0.0, -1.0, -6.2]))
+    data = Data([[0.0], [1.0]], names=("x",))
+    found = judged(model, data, sample="0", features="x", target="any", stability="0.02", sampled=100)
+    assert found["nearest"][0, 0] == pytest.approx(0.3, abs=0.01)
+    assert (found["nearest_target"][0], found["target"][0]) == (1, 2)

@@ -178,7 +178,7 @@ def test_the_last_checkpoints_of_the_other_runs_of_the_call_are_part_of_the_key_
 def test_a_broken_run_beside_it_is_part_of_the_key_too():
     run, other = make_run([1.0]), make_run([5.0, 2.0], "other", broken=[1])
     run.others = [run, other]
-    assert run.content_hashes("others") == ["run 1.0", "other broken: step_1.pt: truncated"]
+    assert run.content_hashes("others") == ["run 1.0", "other broken: step_1.pt: truncated 5.0"]
 
 
 def test_pairs_get_both_sides_and_a_model_of_their_own():
