@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from _correction_cases import (
     axes,
     balanced,
     decided,
+    net,
     noisy,
     random_net,
     samples_of,
@@ -32,7 +34,7 @@ from dynprobe.analyzers._correction_record import Record, counted
 from dynprobe.analyzers._correction_search import Found, nearest
 from dynprobe.analyzers._correction_ways import Rules, domain, most_changed, shown_of, units_of, ways_of
 from dynprobe.analyzers.core.contract import declaration_of
-from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, measure
+from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, measure, piece_key
 from dynprobe.analyzers.core.result import FAILED, OK
 from dynprobe.analyzers.core.workspace import Run, Setup
 from dynprobe.analyzers.corrections import corrections
@@ -377,17 +379,17 @@ class Stored:
 
 
 def make_run(name, models, data):
-    """A run of these models."""
+    """A run of these models, which are alike."""
     checkpoints = [Stored(model.state_dict(), 10 * i, name) for i, model in enumerate(models)]
     setup = Setup(
-        make_model=lambda: random_net([2, 16, 16, 2], 0),
+        make_model=lambda: copy.deepcopy(models[0]),
         fit=lambda model, state, where: (state, []),
         make_batches=lambda: data,
         make_test_batches=lambda: None,
         make_loss=lambda: None,
         open_other=lambda path: checkpoints[0],
         device=torch.device("cpu"),
-        dtype=torch.float64,
+        dtype=next(models[0].parameters()).dtype,
     )
     run = Run(name, checkpoints, setup)
     run.others = [run]
@@ -428,6 +430,30 @@ def test_boxes_are_tried_on_the_last_checkpoint_of_every_run():
         own = values(pieces[-1], "transfer")[:, (first, second).index(run)]
         assert set(own[np.isfinite(own)]) == {1.0}
     assert set(seen) == {0.0, 1.0}
+
+
+def test_a_box_holds_on_another_run_only_with_the_margin_of_that_runs_own_rounding_error():
+    """Both decide for class 1 from 0.5 on, but the second adds 4096 on the way, in float32."""
+    data = Data(np.linspace(0, 1, 21)[:, None], names=("x",), dtype=torch.float32)
+    exact, rough = (net(([1.0], shift), ([1.0], -shift - 0.5)).float() for shift in (0.0, 4096.0))
+    first, second = make_run("first", [exact], data), make_run("second", [rough], data)
+    first.others = second.others = [first, second]
+    options = {"sample": "4", "features": "x", "stability": "0", "transfer": True}
+    (of_exact,), (of_rough,) = (measured(run, **options) for run in (first, second))
+    assert values(of_exact, "margin")[0] < 1e-5 < 1e-4 < values(of_rough, "margin")[0]
+    assert values(of_exact, "transfer")[0].tolist() == [1.0, 0.0]
+    assert values(of_rough, "transfer")[0].tolist() == [1.0, 1.0]
+
+
+def test_what_stands_in_for_a_broken_last_checkpoint_is_part_of_the_key():
+    model, data = trained()
+    keys = []
+    for before in (noisy(model, 0.2, 3), noisy(model, 0.2, 4)):
+        run = make_run("run", [model, before, noisy(model, math.nan)], data)
+        run.checkpoints[1].run = f"run {len(keys)}"  # hashes are made of names here
+        job = Job(declaration_of(corrections), {"samples": "3"})
+        keys.append(piece_key(job, checkpoint_units(run, run.checkpoints[:1])[0]))
+    assert keys[0] != keys[1]
 
 
 def test_transfer_without_runs_is_refused():
