@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from dynprobe.analyzers._correction_boxes import (
+from dynprobe.analyzers._corrections_boxes import (
     ReportedBox,
     holds,
     overlap,
@@ -19,12 +19,12 @@ from dynprobe.analyzers._correction_boxes import (
     sample_box,
     sample_polygon,
 )
-from dynprobe.analyzers._correction_columns import Columns
-from dynprobe.analyzers._correction_features import FeatureTable
-from dynprobe.analyzers._correction_model import Classifier
-from dynprobe.analyzers._correction_record import NAN, PADDING, Record
-from dynprobe.analyzers._correction_search import Found, Way, is_too_large, nearest
-from dynprobe.analyzers._correction_ways import Rules, domain, inputs_of, shown_of, units_of, ways_of
+from dynprobe.analyzers._corrections_columns import Columns
+from dynprobe.analyzers._corrections_features import FeatureTable
+from dynprobe.analyzers._corrections_model import Classifier
+from dynprobe.analyzers._corrections_record import NAN, PADDING, Record
+from dynprobe.analyzers._corrections_search import Found, Way, is_too_large, nearest
+from dynprobe.analyzers._corrections_ways import Rules, domain, inputs_of, shown_of, units_of, ways_of
 from dynprobe.analyzers.numerics.largest_box import largest_box
 from dynprobe.analyzers.numerics.layered_network import Floats
 from dynprobe.analyzers.numerics.linear_bounds import bound

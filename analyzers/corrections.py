@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 import torch
 
 from dynprobe.analyzers import InputFile, Measurement, Range, Var, analyzer
-from dynprobe.analyzers._correction_features import read_features
-from dynprobe.analyzers._correction_record import OUTCOMES
-from dynprobe.analyzers._correction_run import Call, judge_all
-from dynprobe.analyzers._correction_samples import USUAL
-from dynprobe.analyzers._correction_ways import most_changed
 from dynprobe.analyzers._corrections import Settings
+from dynprobe.analyzers._corrections_checkpoint import Call, judge_all
+from dynprobe.analyzers._corrections_features import read_features
 from dynprobe.analyzers._corrections_figure import draw_corrections
+from dynprobe.analyzers._corrections_record import OUTCOMES
+from dynprobe.analyzers._corrections_samples import USUAL
 from dynprobe.analyzers._corrections_summary import SUMMARY_RETURNS, summarise
+from dynprobe.analyzers._corrections_ways import most_changed
 from dynprobe.analyzers._sampling import check_seed
 from dynprobe.analyzers.numerics.params import frozen_eval
 

@@ -15,7 +15,7 @@ from sklearn import datasets
 from torch import nn
 from torch.nn import functional
 
-from dynprobe.analyzers._correction_search import Way
+from dynprobe.analyzers._corrections_search import Way
 from dynprobe.analyzers.numerics.correction_problem import Judgement
 from dynprobe.analyzers.numerics.extract_network import deviation, extract
 from dynprobe.analyzers.numerics.layered_network import Floats, LayeredNetwork

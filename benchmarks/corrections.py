@@ -41,7 +41,7 @@ from _corrections_tasks import (
     trained,
 )
 
-from dynprobe.analyzers._correction_search import nearest
+from dynprobe.analyzers._corrections_search import nearest
 from dynprobe.analyzers.numerics.box_verifier import verify
 from dynprobe.analyzers.numerics.correction_milp import nearest_by_milp
 from dynprobe.analyzers.numerics.correction_problem import Bounds, Judgement

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_feature_names import input_names
-from dynprobe.analyzers._correction_features import read_features
-from dynprobe.analyzers._correction_samples import choose_samples, class_labels
+from dynprobe.analyzers._corrections_feature_names import input_names
+from dynprobe.analyzers._corrections_features import read_features
+from dynprobe.analyzers._corrections_samples import choose_samples, class_labels
 
 NAMES = ("interest", "ltv", "mean_radius", "mean_area", "worst_area", "house", "flat", "land")
 

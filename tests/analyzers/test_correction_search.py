@@ -25,14 +25,14 @@ from _correction_cases import (
     two_classes,
 )
 
-from dynprobe.analyzers import OptionError, _correction_search
-from dynprobe.analyzers._correction_boxes import ReportedBox, box_inputs, holds, overlap, sample_box
-from dynprobe.analyzers._correction_columns import Columns
-from dynprobe.analyzers._correction_features import read_features
-from dynprobe.analyzers._correction_model import Classifier
-from dynprobe.analyzers._correction_record import Record, counted
-from dynprobe.analyzers._correction_search import Found, nearest
-from dynprobe.analyzers._correction_ways import Rules, domain, most_changed, shown_of, units_of, ways_of
+from dynprobe.analyzers import OptionError, _corrections_search
+from dynprobe.analyzers._corrections_boxes import ReportedBox, box_inputs, holds, overlap, sample_box
+from dynprobe.analyzers._corrections_columns import Columns
+from dynprobe.analyzers._corrections_features import read_features
+from dynprobe.analyzers._corrections_model import Classifier
+from dynprobe.analyzers._corrections_record import Record, counted
+from dynprobe.analyzers._corrections_search import Found, nearest
+from dynprobe.analyzers._corrections_ways import Rules, domain, most_changed, shown_of, units_of, ways_of
 from dynprobe.analyzers.core.contract import declaration_of
 from dynprobe.analyzers.core.loop import Job, MemoryStore, checkpoint_units, measure, piece_key
 from dynprobe.analyzers.core.result import FAILED, OK
@@ -69,7 +69,7 @@ def test_a_milp_and_branch_and_bound_find_the_same_distance(norm, stable, monkey
         rules, classifier = setting(model, data, norm=norm)
         point = rejected(model, data)
         branching = search(ways_of(rules, classifier, point, [1]), stable=stable)
-        monkeypatch.setattr(_correction_search, "FEW", 2)  # more features than that are many
+        monkeypatch.setattr(_corrections_search, "FEW", 2)  # more features than that are many
         solving = search(ways_of(rules, classifier, point, [1]), stable=stable)
         monkeypatch.undo()
         assert "milp" in solving.solver or solving.solver == "heuristic"
@@ -93,7 +93,7 @@ def test_both_prove_that_there_is_none(monkeypatch):
     model, data = two_classes([1.0, 1.0, 1.0], -3.5), Data(square(k=3))
     rules, classifier = setting(model, data)
     for few in (5, 2):
-        monkeypatch.setattr(_correction_search, "FEW", few)
+        monkeypatch.setattr(_corrections_search, "FEW", few)
         found = search(ways_of(rules, classifier, rejected(model, data), [1]))
         assert found.lower == math.inf
         assert found.outcome(0.01, smooth=False) == found.outcome(0.01, smooth=True) == "none_exists"

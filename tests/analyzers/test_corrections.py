@@ -27,9 +27,9 @@ from scipy.ndimage import minimum_filter
 from torch import nn
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_model import Classifier
-from dynprobe.analyzers._correction_search import Found
 from dynprobe.analyzers._corrections import Judge
+from dynprobe.analyzers._corrections_model import Classifier
+from dynprobe.analyzers._corrections_search import Found
 from dynprobe.io.pieces import PieceStore
 
 NUMBERS = ("distance", "lower_bound", "stable_distance", "stable_lower_bound", "volume", "volume_bound")

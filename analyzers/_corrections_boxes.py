@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynprobe.analyzers._correction_columns import Columns
-from dynprobe.analyzers._correction_model import Classifier
+from dynprobe.analyzers._corrections_columns import Columns
+from dynprobe.analyzers._corrections_model import Classifier
 from dynprobe.analyzers.numerics.box_verifier import Verdict, verify
 from dynprobe.analyzers.numerics.layered_network import Floats
 from dynprobe.analyzers.numerics.polygon_verifier import verify_polygon

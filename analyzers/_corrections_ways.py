@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dynprobe.analyzers._correction_features import FeatureTable
-from dynprobe.analyzers._correction_model import Classifier
-from dynprobe.analyzers._correction_search import FEW, Way
+from dynprobe.analyzers._corrections_features import FeatureTable
+from dynprobe.analyzers._corrections_model import Classifier
+from dynprobe.analyzers._corrections_search import FEW, Way
 from dynprobe.analyzers.core.contract import OptionError
 from dynprobe.analyzers.numerics.centre_bounds import bound_centres
 from dynprobe.analyzers.numerics.correction_problem import Judgement, Norm

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_feature_choice import Choice, choose_features, left_out_note
-from dynprobe.analyzers._correction_feature_file import (
+from dynprobe.analyzers._corrections_feature_choice import Choice, choose_features, left_out_note
+from dynprobe.analyzers._corrections_feature_file import (
     FeatureFile,
     Group,
     half_width,
     interval,
     read_feature_file,
 )
-from dynprobe.analyzers._correction_feature_names import (
+from dynprobe.analyzers._corrections_feature_names import (
     Amount,
     FeatureNames,
     Given,
@@ -25,7 +25,7 @@ from dynprobe.analyzers._correction_feature_names import (
     listed,
     read_given,
 )
-from dynprobe.analyzers._correction_feature_table import WHOLE, FeatureTable, Floats, OneHot
+from dynprobe.analyzers._corrections_feature_table import WHOLE, FeatureTable, Floats, OneHot
 from dynprobe.analyzers.numerics.input_samples import tensors_of
 
 __all__ = ["FeatureTable", "OneHot", "read_features"]

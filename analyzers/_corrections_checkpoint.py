@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynprobe.analyzers._correction_boxes import ReportedBox
-from dynprobe.analyzers._correction_columns import Columns
-from dynprobe.analyzers._correction_features import FeatureTable
-from dynprobe.analyzers._correction_model import Classifier, flat_inputs, flatten
-from dynprobe.analyzers._correction_record import Record, counted, stacked
-from dynprobe.analyzers._correction_samples import choose_samples, class_labels
-from dynprobe.analyzers._correction_ways import Rules, domain
 from dynprobe.analyzers._corrections import Before, Judge, Settings
+from dynprobe.analyzers._corrections_boxes import ReportedBox
+from dynprobe.analyzers._corrections_columns import Columns
+from dynprobe.analyzers._corrections_features import FeatureTable
+from dynprobe.analyzers._corrections_model import Classifier, flat_inputs, flatten
+from dynprobe.analyzers._corrections_record import Record, counted, stacked
+from dynprobe.analyzers._corrections_samples import choose_samples, class_labels
+from dynprobe.analyzers._corrections_ways import Rules, domain
 from dynprobe.analyzers.core.contract import Measurement, OptionError
 from dynprobe.analyzers.numerics.correction_problem import Norm
 from dynprobe.analyzers.numerics.layered_network import Floats

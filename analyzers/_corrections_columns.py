@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynprobe.analyzers._correction_features import FeatureTable
+from dynprobe.analyzers._corrections_features import FeatureTable
 from dynprobe.analyzers.numerics.layered_network import Floats
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_feature_names import (
+from dynprobe.analyzers._corrections_feature_names import (
     Amount,
     FeatureNames,
     Said,

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_feature_file import FeatureFile, Group
-from dynprobe.analyzers._correction_feature_names import FeatureNames, Match, listed, loosened
+from dynprobe.analyzers._corrections_feature_file import FeatureFile, Group
+from dynprobe.analyzers._corrections_feature_names import FeatureNames, Match, listed, loosened
 
 _LISTED = 8
 

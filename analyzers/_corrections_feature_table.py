@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynprobe.analyzers import OptionError
-from dynprobe.analyzers._correction_feature_names import listed
+from dynprobe.analyzers._corrections_feature_names import listed
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
