@@ -140,6 +140,13 @@ class Judge:
                 closest = replace(stable, lower=closest.lower)
         self._tell_nearest(record, closest)
         self._tell_stable(record, stable)
+        fewest = min(ways, key=lambda way: len(way.columns))
+        if record.outcome == "timeout" and fewest.is_stable and is_too_large(fewest.judgement):
+            record.outcome = "unsupported"
+            record.notes.append(
+                "nothing stable can be verified: too many features change for a network of this size; choose "
+                "fewer with --features or --max-changed, or --stability 0"
+            )
         if stable.way is not None and stable.centre is not None and record.outcome != "timeout":
             self._add_box(record, stable.way, stable.centre, start)
         box = ReportedBox(record.box_low, record.box_high)

@@ -114,7 +114,8 @@ def _judgements(runs: list[JudgedRun]) -> list[Judgement]:
         (run, i)
         for i in range(len(runs[0].samples))
         for run in runs
-        if run.outcomes()[-1, i] not in ("", ALREADY_TARGET, UNSUPPORTED)
+        if run.outcomes()[-1, i] not in ("", ALREADY_TARGET)
+        and (run.outcomes()[-1, i] != UNSUPPORTED or run.correction(i))
     ]
     return sorted(told, key=lambda judgement: order.index(judgement[0].correction(judgement[1])))
 

@@ -129,7 +129,7 @@ class Solver:
         if not self.judgement.n_features:
             self._take(_of_single_point(self.judgement), "evaluation")
             return
-        few = self.judgement.n_features <= FEW
+        few = self.judgement.n_features <= FEW and not is_too_large(self.judgement)
         if not few and not self._tried_milp:
             now = time.monotonic()
             excluded = excluded_distance(self.judgement, now + 0.2 * share)

@@ -138,17 +138,16 @@ def judgement_sentences(run: JudgedRun, most: int) -> list[str]:
     """
     outcome = run.outcomes()[-1]
     failing = np.nan_to_num(run.numbers("sampled_failures")[-1])
-    told = np.flatnonzero(np.isin(outcome, (*FOUND, NONE_EXISTS, TIMEOUT)))
+    told = np.flatnonzero(np.isin(outcome, (*FOUND, NONE_EXISTS, TIMEOUT, UNSUPPORTED)))
     told = told[np.argsort(failing[told] <= 0, kind="stable")]
     head = f"{run.name}: " if run.name else ""
     sentences = [head + _judgement(run, int(i)) for i in told[:most]]
     if len(told) > most:
         sentences.append(f"{head}… and {len(told) - most} more: see the report")
-    for name, text in ((UNSUPPORTED, "not supported, see the notes"), (ALREADY_TARGET, "already the target")):
-        names = [str(s) for s in run.samples[outcome == name]]
-        if names:
-            noun = "sample" if len(names) == 1 else "samples"
-            sentences.append(f"{head}{noun} {listed(names, MOST_SAMPLES)}: {text}")
+    names = [str(s) for s in run.samples[outcome == ALREADY_TARGET]]
+    if names:
+        noun = "sample" if len(names) == 1 else "samples"
+        sentences.append(f"{head}{noun} {listed(names, MOST_SAMPLES)}: already the target")
     return sentences
 
 
@@ -261,7 +260,12 @@ def _undecided(run: JudgedRun, i: int) -> str:
     nearest, lower, stable = (
         float(run.numbers(n)[-1, i]) for n in ("distance", "lower_bound", "stable_lower_bound")
     )
-    head = "undecided after the time given: "
+    out_of_time = str(run.outcomes()[-1, i]) == TIMEOUT
+    head = (
+        "undecided after the time given: "
+        if out_of_time
+        else "nothing stable can be verified, see the notes: "
+    )
     searched = f" by a {_change_of(run)}" if run.at_most() else ""
     if math.isfinite(nearest):
         # the bound on stable corrections is none on points

@@ -26,7 +26,7 @@ from _correction_cases import (
 from scipy.ndimage import minimum_filter
 from torch import nn
 
-from dynprobe.analyzers import OptionError
+from dynprobe.analyzers import OptionError, _corrections_search
 from dynprobe.analyzers._corrections import Judge
 from dynprobe.analyzers._corrections_model import Classifier
 from dynprobe.analyzers._corrections_search import Found
@@ -839,3 +839,15 @@ def test_the_nearest_correction_says_which_class_it_is_of():
     found = judged(model, data, sample="0", features="x", target="any", stability="0.02", sampled=100)
     assert found["nearest"][0, 0] == pytest.approx(0.3, abs=0.01)
     assert (found["nearest_target"][0], found["target"][0]) == (1, 2)
+
+
+def test_what_is_too_large_for_anything_stable_is_unsupported_and_not_a_matter_of_time(monkeypatch):
+    monkeypatch.setattr(_corrections_search, "TOO_LARGE", 10.0)
+    model, data = trained()
+    found = judged(model, data, sample=samples_of(model, data, 0), target="1", budget=2.0)
+    assert found["outcome"][0] == "unsupported"
+    assert found["nearest_outcome"][0] == "bounded"
+    assert np.isnan(found["stable_distance"][0])
+    assert found["distance"][0] > 0
+    assert found.converged
+    assert any("nothing stable can be verified" in note for note in found.notes)
