@@ -16,6 +16,7 @@ from dynprobe.analyzers._corrections_runs import (
     OUTCOMES,
     STABLE,
     TIMEOUT,
+    UNSUPPORTED,
     JudgedRun,
 )
 from dynprobe.analyzers._corrections_sentences import change_text, least
@@ -78,6 +79,8 @@ def _open_text(run: JudgedRun, sample: int, outcome: str) -> str:
         return f"no stable correction{by}; {near}" if near else f"no stable correction{by} exists"
     if outcome == TIMEOUT:
         return f"undecided; {near}" if near else f"undecided: nothing{by} found in time"
+    if outcome == UNSUPPORTED and near:
+        return f"nothing stable can be verified; {near}"
     words = {NONE_EXISTS: f"no correction{by} exists"}
     return words.get(outcome, OUTCOMES.get(outcome, "not judged"))
 

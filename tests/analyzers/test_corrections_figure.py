@@ -127,6 +127,16 @@ def test_a_plane_of_nearest_points_is_that_of_the_two_features_they_change():
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("dti", "credit")
 
 
+def test_a_title_says_where_nothing_stable_can_be_verified_and_tells_the_nearest_point():
+    result = made.stacked(made.many_features(n_samples=1))
+    result["outcome"][:] = "unsupported"
+    for name in ("stable_distance", "corrected", "box_low", "box_high"):
+        result[name][:] = np.nan
+    text = " ".join(titles(figure_of(result))).replace("\n", " ")
+    assert "nothing stable can be verified" in text
+    assert f"nearest point {result['distance'][0, 0]:.3g}" in text
+
+
 def test_a_title_names_no_more_than_was_searched():
     result = made.stacked(made.many_features(n_samples=2, n_features=61))
     result["outcome"][0] = result["nearest_outcome"][0] = ["none_exists", "timeout"]
