@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,9 +101,8 @@ def sample_box(
     """
     low, high, index = box_inputs(columns, point, box)
     generator = np.random.default_rng(seed)
-    tried = failed = 0
-    while tried < n_samples and time.monotonic() < deadline:
-        n = min(_CHUNK, n_samples - tried)
+
+    def draw(n: int, tried: int) -> Floats:
         t = generator.random((n, len(index)))
         edge = generator.random((n, 1)) < 0.25
         at_edge = edge & (generator.random((n, len(index))) < generator.random((n, 1)))
@@ -111,8 +110,26 @@ def sample_box(
         if not tried:
             corners = min(n, 2 ** min(len(index), 12))
             t[:corners] = (np.arange(corners)[:, None] >> np.arange(len(index)) % 12) & 1
+        return np.asarray(low + t * (high - low))
+
+    return _tried(classifier, point, index, draw, target, n_samples, deadline)
+
+
+def _tried(
+    classifier: Classifier,
+    point: Floats,
+    index: np.ndarray,
+    draw: Callable[[int, int], Floats],
+    target: int,
+    n_samples: int,
+    deadline: float,
+) -> tuple[int, int]:
+    """Try points that `draw(n, already drawn)` gives for some columns of an input, until time runs out."""
+    tried = failed = 0
+    while tried < n_samples and time.monotonic() < deadline:
+        n = min(_CHUNK, n_samples - tried)
         points = np.repeat(point[None], n, 0)
-        points[:, index] = low + t * (high - low)
+        points[:, index] = draw(n, tried)
         failed += int((classifier.decides(points) != target).sum())
         tried += n
     return tried, failed
@@ -163,9 +180,8 @@ def sample_polygon(
     """As `sample_box`, for a convex polygon (n, 2) in two features."""
     chosen = list(changing)
     generator = np.random.default_rng(seed)
-    tried = failed = 0
-    while tried < n_samples and time.monotonic() < deadline:
-        n = min(_CHUNK, n_samples - tried)
+
+    def draw(n: int, tried: int) -> Floats:
         # mixtures of three vertices; a quarter of them of two that are neighbours, on an edge
         first = generator.integers(0, len(vertices), n)
         others = generator.integers(0, len(vertices), (2, n))
@@ -181,11 +197,9 @@ def sample_polygon(
         )
         if not tried:
             mixed[: len(vertices)] = vertices[:n]
-        points = np.repeat(point[None], n, 0)
-        points[:, columns.index[chosen]] = (mixed - columns.offset[chosen]) / columns.scale[chosen]
-        failed += int((classifier.decides(points) != target).sum())
-        tried += n
-    return tried, failed
+        return np.asarray((mixed - columns.offset[chosen]) / columns.scale[chosen])
+
+    return _tried(classifier, point, columns.index[chosen], draw, target, n_samples, deadline)
 
 
 def overlap(a: ReportedBox, b: ReportedBox) -> float:

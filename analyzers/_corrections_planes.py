@@ -15,7 +15,6 @@ Floats = NDArray[np.float64]
 TARGET_REGION, POLYGON = "#E3EEF6", "#009E73"
 ARROW: dict[str, Any] = {"arrowstyle": "-|>", "color": INK, "lw": 0.6, "mutation_scale": 5, "shrinkB": 2}
 UNREACHABLE: dict[str, Any] = {"facecolor": "none", "edgecolor": PALE, "hatch": "/////", "linewidth": 0}
-DASHED: dict[str, Any] = {"linestyle": (0, (3, 1.2)), "linewidth": 0.8}
 MOST_EARLIER = 12
 """Boxes of earlier checkpoints that a panel outlines."""
 

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -40,15 +39,6 @@ def find_peers() -> dict[str, str]:
         except Exception as error:
             found[name] = (str(error) or type(error).__name__).splitlines()[0]
     return found
-
-
-def versions() -> str:
-    """Of everything that can be asked for one."""
-    found = []
-    for name in ("dynprobe", "torch", "numpy", "scipy", *PACKAGES):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
 
 
 class _Chance(nn.Module):

@@ -8,7 +8,6 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,6 @@ def find_peers(folders: dict[str, Path | None]) -> dict[str, str]:
         except Exception as error:
             missing[name] = (str(error) or type(error).__name__).splitlines()[0]
     return missing
-
-
-def versions() -> str:
-    """Of everything that can be asked for one."""
-    found = []
-    for name in ("dynprobe", "torch", "numpy", "scipy", *PACKAGES):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from _corrections_tasks import (
     pairs,
     trained,
 )
+from _versions import versions
 
 from dynprobe.analyzers._corrections_search import nearest
 from dynprobe.analyzers.numerics.box_verifier import verify
@@ -315,7 +316,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     missing = peers.find_peers()
-    print(time.strftime("%d %B %Y"), "|", peers.versions(), "|", "python", " ".join(sys.argv))
+    print(time.strftime("%d %B %Y"), "|", versions(peers.PACKAGES), "|", "python", " ".join(sys.argv))
     for name, reason in missing.items():
         if reason:
             print(f"{name} is skipped: {reason}")

@@ -37,6 +37,7 @@ from typing import Any
 import _similarity_peers as peers
 import numpy as np
 import torch
+from _versions import versions
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -603,7 +604,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(peers.versions())
+    print(versions(peers.PACKAGES))
     for name, why in peers.find_peers({name: getattr(options, name) for name in peers.CHECKOUTS}).items():
         if why:
             print(f"{name} skipped: {why}")

@@ -87,11 +87,6 @@ class Program:
         self.n_rows = 0
 
     @property
-    def n_integer(self) -> int:
-        """How many variables have to be integers."""
-        return int(sum(part.sum() for part in self._integer))
-
-    @property
     def n_entries(self) -> int:
         """How many coefficients are not zero."""
         return sum(len(entry[2]) for entry in self._entries)

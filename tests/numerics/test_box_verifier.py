@@ -7,22 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from _layered_networks import random_network
 
 from dynprobe.analyzers.numerics.box_verifier import verify
-from dynprobe.analyzers.numerics.layered_network import Layer, LayeredNetwork, piecewise, smooth
-
-
-def _network(sizes, activation=None, seed=0):
-    rng = np.random.default_rng(seed)
-    activation = activation or (lambda n: piecewise(0.0, 1.0, n))
-    layers = []
-    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        weight = rng.normal(size=(n_out, n_in)) * np.sqrt(2 / n_in)
-        last = i == len(sizes) - 2
-        layers.append(
-            Layer(((i, weight),), 0.3 * rng.normal(size=n_out), None if last else activation(n_out))
-        )
-    return LayeredNetwork(sizes[0], tuple(layers))
+from dynprobe.analyzers.numerics.layered_network import piecewise, smooth
 
 
 def _grid(low, high, n):
@@ -39,7 +27,7 @@ def test_the_verdict_is_that_of_a_dense_grid(kind, k):
         "tanh": lambda n: smooth("tanh"),
     }
     for seed in range(5):
-        network = _network([k, 12, 12, 2], activations[kind], seed)
+        network = random_network([k, 12, 12, 2], activation=activations[kind], seed=seed)
         low, high = np.full(k, 0.2), np.full(k, 0.7)
         values = network(_grid(low, high, 2000 if k == 1 else 120)).min(1)
         room = 0.05 * np.ptp(values)
@@ -54,7 +42,7 @@ def test_the_verdict_is_that_of_a_dense_grid(kind, k):
 
 
 def test_a_deep_network_is_decided_near_its_least_value():
-    network = _network([2] + [50] * 6 + [1])
+    network = random_network([2] + [50] * 6 + [1])
     low, high = np.array([0.3, 0.4]), np.array([0.35, 0.45])
     values = network(_grid(low, high, 100))
     room = 0.01 * np.ptp(values)
@@ -64,7 +52,7 @@ def test_a_deep_network_is_decided_near_its_least_value():
 
 
 def test_a_box_without_width_is_its_point():
-    network = _network([3, 8, 2])
+    network = random_network([3, 8, 2])
     point = np.array([0.1, 0.2, 0.3])
     value = network(point[None]).min()
     assert verify(network, point, point, value).holds is True
@@ -72,14 +60,14 @@ def test_a_box_without_width_is_its_point():
 
 
 def test_a_feature_without_width_is_not_split():
-    network = _network([2, 16, 16, 1])
+    network = random_network([2, 16, 16, 1])
     low, high = np.array([0.2, 0.5]), np.array([0.9, 0.5])
     values = network(_grid(low, high, 300))
     assert verify(network, low, high, values.min() - 0.01 * np.ptp(values)).holds is True
 
 
 def test_time_that_is_over_gives_no_verdict():
-    network = _network([2, 16, 16, 1])
+    network = random_network([2, 16, 16, 1])
     low, high = np.zeros(2), np.ones(2)
     least = network(_grid(low, high, 50)).min()
     assert verify(network, low, high, least - 1, deadline=time.monotonic() - 1).holds is None
@@ -89,7 +77,7 @@ def test_time_that_is_over_gives_no_verdict():
 
 
 def test_an_undecidable_box_ends_at_its_deadline():
-    network = _network([6] + [40] * 4 + [1])
+    network = random_network([6] + [40] * 4 + [1])
     low, high = np.zeros(6), np.ones(6)
     least = network(np.random.default_rng(0).random((2000, 6))).min()
     began = time.monotonic()

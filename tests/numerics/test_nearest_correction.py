@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from _layered_networks import random_network
 from scipy.ndimage import minimum_filter
 
 from dynprobe.analyzers.numerics.centre_bounds import bound_centres
@@ -16,19 +17,6 @@ from dynprobe.analyzers.numerics.correction_problem import Judgement
 from dynprobe.analyzers.numerics.correction_seeds import holds, least_output, polished
 from dynprobe.analyzers.numerics.layered_network import Layer, LayeredNetwork, piecewise, smooth
 from dynprobe.analyzers.numerics.nearest_correction import NearestSearch, nearest_by_heuristic
-
-
-def _network(sizes, seed=0, activation=None):
-    rng = np.random.default_rng(seed)
-    activation = activation or (lambda n: piecewise(0.0, 1.0, n))
-    layers = []
-    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        weight = rng.normal(size=(n_out, n_in)) * np.sqrt(2 / n_in)
-        last = i == len(sizes) - 2
-        layers.append(
-            Layer(((i, weight),), 0.3 * rng.normal(size=n_out), None if last else activation(n_out))
-        )
-    return LayeredNetwork(sizes[0], tuple(layers))
 
 
 def _judgement(network, start, *, radius=0.0, margin=1e-6, weights=None, **more):
@@ -47,7 +35,7 @@ def _judgement(network, start, *, radius=0.0, margin=1e-6, weights=None, **more)
 
 def _rejected(sizes, seed, *, share=0.7, **more):
     """A judgement of a random network whose outputs are all positive on about 1 - share of the domain."""
-    network = _network(sizes, seed)
+    network = random_network(sizes, seed=seed)
     points = np.random.default_rng(seed + 100).random((2000, sizes[0]))
     values = network(points).min(1)
     network = network.combined(np.eye(network.n_outputs), -np.quantile(values, share))
@@ -208,7 +196,7 @@ def test_only_integer_features_are_those_of_an_enumeration_exactly():
 
 
 def test_no_correction_within_the_domain_is_told_from_none_found():
-    network = _network([3, 12, 12, 1])
+    network = random_network([3, 12, 12, 1])
     values = network(np.random.default_rng(0).random((5000, 3)))
     impossible = network.combined(np.ones((1, 1)), -values.max() - 0.2)
     found = _run(_judgement(impossible, np.full(3, 0.5)))
@@ -296,7 +284,7 @@ def test_the_gradient_is_that_of_automatic_differentiation():
         lambda n: smooth("tanh"),
         lambda n: smooth("sigmoid"),
     ):
-        network = _network([4, 9, 8, 3], activation=activation)
+        network = random_network([4, 9, 8, 3], activation=activation)
         points = np.random.default_rng(0).random((5, 4))
         values, slopes = least_output(network, points)
         for j in range(4):
